@@ -1,0 +1,78 @@
+"""eulerstack: mix sequence mixers in one YAML file; train, and generate from one state cache.
+
+The names below are the public API. They are imported when first used: `import eulerstack` loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .builder import StackBuilder
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .costs import Estimate, estimate
+    from .inference.generate import generate
+    from .model import Stack, build
+    from .segments import Segments
+    from .spec import SpecError, StackSpec, dump, expand, load, loads, presets
+    from .state import StackState
+    from .tokens import tokenizer_of
+    from .training.data import TextData
+    from .training.module import StackModule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Estimate": "costs",
+    "Segments": "segments",
+    "SpecError": "spec",
+    "Stack": "model",
+    "StackBuilder": "builder",
+    "StackModule": "training.module",
+    "StackSpec": "spec",
+    "StackState": "state",
+    "TextData": "training.data",
+    "build": "model",
+    "dump": "spec",
+    "estimate": "costs",
+    "expand": "spec",
+    "generate": "inference.generate",
+    "load": "spec",
+    "load_checkpoint": "checkpoint",
+    "loads": "spec",
+    "presets": "spec",
+    "save_checkpoint": "checkpoint",
+    "tokenizer_of": "tokens",
+}
+
+__all__ = [
+    "Estimate",
+    "Segments",
+    "SpecError",
+    "Stack",
+    "StackBuilder",
+    "StackModule",
+    "StackSpec",
+    "StackState",
+    "TextData",
+    "build",
+    "dump",
+    "estimate",
+    "expand",
+    "generate",
+    "load",
+    "load_checkpoint",
+    "loads",
+    "presets",
+    "save_checkpoint",
+    "tokenizer_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'eulerstack' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m eulerstack`."""
+
+from .cli.main import main
+
+main()

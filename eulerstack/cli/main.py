@@ -1,0 +1,155 @@
+"""The `eulerstack` command. `validate` and `presets` load no torch."""
+
+import gc
+import os
+import sys
+
+import click
+
+gc.set_threshold(100_000)  # most of a light verb's time is imports: collect less often
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # we use none, and the search reads every package
+
+EPILOG = "A FILE is a stack's YAML file, a preset's name (`eulerstack presets list`), or a checkpoint directory."
+
+
+class Verbs(click.Group):
+    """Verbs in the order one meets them; errors are sentences and exit with 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:  # SpecError among them: a user's mistake, said in a sentence
+            print(error, file=sys.stderr)
+            ctx.exit(2)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.version_option(package_name="eulerstack")
+def cli() -> None:
+    """Mix attention, Mamba and RetNet layers in one YAML file; train the stack; write text with it.
+
+    \b
+      eulerstack presets list                          what is there to start from
+      eulerstack explain arch_expert_research_mini     its layers, drawn
+      eulerstack fit --preset arch_expert_research_mini --trainer.max_steps 1000
+      eulerstack generate --checkpoint runs/arch_expert_research_mini/checkpoint --prompt "def "
+    """
+
+
+def _file(command: click.decorators.FC) -> click.decorators.FC:
+    """FILE, or --preset FILE as in the v1 language."""
+    command = click.option("--preset", "preset", metavar="FILE", help="The same as FILE.")(command)
+    return click.argument("file", required=False)(command)
+
+
+def _named(file: str | None, preset: str | None) -> str:
+    if (file is None) == (preset is None):
+        raise click.UsageError("give one FILE, or --preset FILE")
+    return file or preset or ""
+
+
+@cli.command()
+@_file
+def validate(file: str | None, preset: str | None) -> None:
+    """Check a stack file: every problem with its line and its fix."""
+    from ..spec import load, unused_templates
+
+    spec = load(_named(file, preset))
+    layers = sum(entry.repeat for entry in spec.layer_schedule)
+    for name in unused_templates(spec):
+        print(f"Warning: layer_templates.{name} is in no entry of layer_schedule", file=sys.stderr)
+    print(f"OK: {spec.model.name}, {layers} layers")
+
+
+@cli.command()
+@_file
+def explain(file: str | None, preset: str | None) -> None:
+    """Draw a stack: its layers, parameters, FLOPs and state."""
+    from .show import explain as show
+
+    show(_named(file, preset))
+
+
+@cli.command()
+@_file
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Rows of the state.")
+@click.option("--tokens", type=click.IntRange(1), help="Tokens of context; max_seq_len by default.")
+def estimate(file: str | None, preset: str | None, batch: int, tokens: int | None) -> None:
+    """Count parameters and state bytes, exactly, without building the weights."""
+    from .show import estimate as show
+
+    show(_named(file, preset), batch, tokens)
+
+
+@cli.group()
+def presets() -> None:
+    """The stack files that come with eulerstack."""
+
+
+@presets.command("list")
+def list_() -> None:
+    """Name the presets."""
+    from ..spec import presets as shipped
+
+    for name, path in shipped().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:32} {first.lstrip('# ')}")
+
+
+@presets.command("show")
+@click.argument("name")
+def show_(name: str) -> None:
+    """Print a preset's file, to start your own from."""
+    from ..spec import presets as shipped
+
+    if name not in shipped():
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(shipped())}")
+    print(shipped()[name].read_text(encoding="utf-8"), end="")
+
+
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@cli.command(context_settings=PASSED_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def fit(arguments: tuple[str, ...]) -> None:
+    """Train a stack on text with Lightning; `eulerstack fit --help` lists all keys."""
+    from .train import run
+
+    run("fit", list(arguments))
+
+
+@cli.command(context_settings=PASSED_ON, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def test(arguments: tuple[str, ...]) -> None:
+    """Measure bits per byte on held-out text."""
+    from .train import run
+
+    run("test", list(arguments))
+
+
+@cli.command()
+@click.option("--checkpoint", required=True, metavar="DIR", help="The checkpoint/ folder that `fit` wrote.")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Where to go on from; give many for a batch.")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample among the k likeliest.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the likeliest that reach p.")
+@click.option("--seed", type=int, help="The same seed, the same text.")
+@click.option("--device", default="cpu", show_default=True)
+def generate(prompts: tuple[str, ...], **options: object) -> None:
+    """Write text from a trained stack, token by token through its state."""
+    from .write import write
+
+    write(list(prompts), **options)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """The console script: no verb ends in a traceback over something the user typed."""
+    try:
+        cli(prog_name="eulerstack")
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,94 @@
+"""explain and estimate: a stack's layers and costs, as tables in the terminal."""
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from ..costs import Estimate, LayerCost
+from ..costs import estimate as count
+from ..spec import LayerSpec, NoFFN, StackSpec, load, unused_templates
+
+KINDS = ("KV", "retention", "SSM", "conv")
+
+
+def explain(file: str) -> None:
+    """The stack as a tree: equal neighbours drawn once, with what each layer costs."""
+    spec = load(file)
+    cost, console = count(spec), Console()
+    console.print(_tree(spec, cost))
+    for name in unused_templates(spec):
+        console.print(f"Warning: layer_templates.{name} is in no entry of layer_schedule")
+
+
+def estimate(file: str, batch: int, tokens: int | None) -> None:
+    """Parameters and state bytes, exact."""
+    spec = load(file)
+    cost, tokens = count(spec), tokens or spec.model.max_seq_len
+    table = Table(title=f"{spec.model.name}: {batch} x {tokens:,} tokens", title_justify="left")
+    table.add_column("what")
+    table.add_column("exactly", justify="right")
+    table.add_column("about", justify="right")
+    table.add_row("parameters", f"{cost.parameters:,}", _short(cost.parameters))
+    flops = batch * cost.flops(tokens)
+    table.add_row("forward FLOPs", f"{flops:,}", _short(flops))
+    state = cost.state_bytes(batch, tokens)
+    for kind in (*KINDS, "total"):
+        if kind in state:
+            table.add_row(f"state bytes, {kind}", f"{state[kind]:,}", _bytes(state[kind]))
+    Console().print(table)
+
+
+def _tree(spec: StackSpec, cost: Estimate) -> Tree:
+    model = spec.model
+    about = f"  ({model.family_hint})" if model.family_hint else ""
+    aim = f", target {_short(model.target_params)}" if model.target_params else ""
+    tree = Tree(f"[bold]{model.name}[/]{about}: {cost.parameters:,} parameters{aim}, {model.dtype}")
+    tied = ", tied with the head" if spec.tied else ""
+    tree.add(f"embedding {model.vocab_size:,} x {model.d_model}{tied}; positions: {spec.embedding.positional}")
+    layers = tree.add(f"{len(cost.layers)} layers, d_model {model.d_model}, {model.n_heads} heads of {model.kv_heads} kv")
+    for _, group in groupby(cost.layers, key=lambda c: c.layer.template):
+        _add_group(layers, spec, list(group))
+    tree.add(f"{cost.layers[-1].layer.norm.type}, head {model.d_model} x {model.vocab_size:,}")
+    state = cost.state_bytes(1, model.max_seq_len)
+    kinds = ", ".join(f"{kind} {_bytes(state[kind])}" for kind in KINDS if kind in state)
+    tree.add(f"state of one row at {model.max_seq_len:,} tokens: {_bytes(state['total'])} ({kinds})")
+    return tree
+
+
+def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost]) -> None:
+    first, last, layer = group[0].layer.index, group[-1].layer.index, group[0].layer
+    place = f"{first}" if first == last else f"{first}-{last}"
+    costs = f"{group[0].parameters:,} parameters, {_short(group[0].flops_per_token)}FLOPs a token"
+    state = ", ".join(f"{kind} {_bytes(n)}" for kind, n in group[0].state_bytes.items())
+    each = " each" if len(group) > 1 else ""
+    branch = tree.add(f"[bold]{place:>5}[/]  {layer.template}: {costs}, state {state}{each}")
+    branch.add(_mixer(layer))
+    if not isinstance(layer.ffn, NoFFN):
+        branch.add(f"{layer.ffn.type} {layer.ffn.activation}, {spec.model.d_model} to {layer.hidden}")
+    scaling = "" if layer.residual.scaling == 1 else f" x {layer.residual.scaling:g}"
+    branch.add(f"{layer.norm.position}-{layer.norm.type}, {layer.residual.type} residual{scaling}")
+
+
+def _mixer(layer: LayerSpec) -> str:
+    keys = ", ".join(f"{key} {_plain(value)}" for key, value in layer.mixer if value is not None)
+    return f"{layer.mixer_type}: {keys}"
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g} "
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"

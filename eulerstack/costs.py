@@ -1,0 +1,57 @@
+"""What a stack costs, exactly: it is built on the meta device and counted."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .model import Stack, build
+from .spec import LayerSpec, StackSpec
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's share. state_bytes is by kind, for one row of max_seq_len tokens."""
+
+    layer: LayerSpec
+    parameters: int
+    flops_per_token: float
+    state_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters (shared ones counted once), forward FLOPs and state bytes of a stack."""
+
+    stack: Stack
+    parameters: int
+    active_parameters: int
+    layers: tuple[LayerCost, ...]
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs of one sequence of `tokens`; training costs about three times that."""
+        return self.stack.flops(tokens)
+
+    def state_bytes(self, batch: int, tokens: int) -> dict[str, int]:
+        """Bytes of a state for `batch` rows of `tokens`, by kind (KV, retention, SSM, conv) and in `total`."""
+        if not self.stack.grows:
+            tokens = min(tokens, self.stack.spec.model.max_seq_len)
+        kinds = self.stack.init_state(batch, tokens).bytes_by_kind()
+        return {**kinds, "total": sum(kinds.values())}
+
+
+def estimate(spec: StackSpec) -> Estimate:
+    """Count a stack without its memory. A template that keeps no state counts no state bytes."""
+    stack = build(spec, device="meta")
+    count = sum(p.numel() for p in stack.parameters())
+    layers = tuple(_layer_cost(stack, index) for index in range(len(stack.blocks)))
+    return Estimate(stack, count, count, layers)
+
+
+def _layer_cost(stack: Stack, index: int) -> LayerCost:
+    block, tokens = stack.blocks[index], stack.spec.model.max_seq_len
+    kinds = block.mixer.init_state(1, tokens).bytes_by_kind()
+    return LayerCost(block.layer, _count(block), block.flops(tokens) / tokens, kinds)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

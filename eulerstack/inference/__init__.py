@@ -1,0 +1,1 @@
+"""Writing text from a trained stack through its state."""

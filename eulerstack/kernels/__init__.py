@@ -1,0 +1,1 @@
+"""Pure tensor functions: one folder an operation, one file a provider. They know neither specs nor modules."""

@@ -1,0 +1,118 @@
+"""The contract of every sequence mixer: three forms, one result.
+
+Shapes throughout the package: B batch, T tokens, D model width, H heads, K key width, V value width, G groups of
+heads, N SSM state, P channels a head, W convolution width, S cache slots. `[B, T, H, K]` is batch first.
+
+| form                     | what it computes                                             |
+|--------------------------|--------------------------------------------------------------|
+| parallel(x)              | a whole sequence, without an earlier state                   |
+| chunkwise(x, state)      | T tokens that continue a state; returns the state after them |
+| recurrent(x, state)      | one token that continues a state                             |
+
+All three agree to rounding, for any split of a sequence, with gradients. `forward` takes the form the spec names.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..segments import Segments
+from ..state import LayerState
+
+S = TypeVar("S", bound=LayerState)
+
+
+class Mixer(nn.Module, ABC, Generic[S]):
+    """A sequence mixer, [B, T, D] -> [B, T, D]. `segments` are placed (they have positions); see Segments.
+
+    A padding token is not mixed, enters no state, and its output is zero. After a call the state belongs to the last
+    document of each row. A state that goes in is consumed; under no_grad its buffers may be written in place.
+    """
+
+    grows: ClassVar[bool] = False  # whether the state needs room for every token
+
+    @abstractmethod
+    def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        """A whole sequence without an earlier state; positions start at zero unless `segments` say otherwise."""
+
+    @abstractmethod
+    def chunkwise(
+        self, x: Tensor, state: S, segments: Segments | None = None, *, chunk_size: int | None = None
+    ) -> tuple[Tensor, S]:
+        """T tokens that continue `state`, in chunks of at most `chunk_size` (the spec's by default)."""
+
+    @abstractmethod
+    def recurrent(self, x: Tensor, state: S, segments: Segments | None = None) -> tuple[Tensor, S]:
+        """One token, x [B, 1, D], that continues `state`."""
+
+    @abstractmethod
+    def init_state(
+        self,
+        batch: int,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rollback: int = 0,
+    ) -> S:
+        """An empty state. `dtype` (the weights' by default) is the model's; recurrent parts are at least float32."""
+
+    @abstractmethod
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs of one sequence of `tokens`, counting a multiply-add as two."""
+
+    @abstractmethod
+    def reset_parameters(self, out_scale: float = 1.0) -> None:
+        """Draw the weights anew; the output projection is scaled by `out_scale`."""
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        """The form the spec names, over a whole sequence."""
+        return self.parallel(x, segments)
+
+
+class FullPrecision(nn.Module):
+    """A room for parameters that stay at least float32 whatever the model's dtype becomes: log decays, dt biases, D."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """`.to(bfloat16)` and its like move the parameters, but never below float32."""
+
+        def keep(t: Tensor) -> Tensor:
+            changed: Tensor = fn(t)
+            dtype = torch.promote_types(changed.dtype, torch.float32)
+            return changed if changed.dtype == dtype else t.to(changed.device, dtype)
+
+        return super()._apply(keep, recurse)
+
+
+def matmul_flops(module: nn.Module, tokens: int) -> int:
+    """Forward FLOPs of the module's linear layers over `tokens` tokens."""
+    return sum(2 * tokens * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def placed(segments: Segments | None, x: Tensor) -> Segments:
+    """Segments with positions; a sequence of its own where there are none."""
+    if segments is None:
+        return Segments.dense(x.shape[1], device=x.device)
+    if segments.position is None:
+        return segments.placed(torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), x.shape[1])
+    return segments
+
+
+def continued(segments: Segments | None) -> Segments:
+    """Segments that continue a state; a mixer cannot know the position itself."""
+    if segments is None or segments.position is None:
+        raise ValueError("a mixer called with a state needs segments with positions: Segments.dense(tokens, start=...)")
+    return segments
+
+
+def check_one_token(x: Tensor) -> None:
+    if x.shape[1] != 1:
+        raise ValueError(f"recurrent takes one token, got x of {x.shape[1]}; use chunkwise for more")

@@ -1,0 +1,139 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a short convolution, a selective state space, a gated norm."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.select import select
+from ..kernels.precision import wide
+from ..layers.ffn import init_linear
+from ..layers.norm import RMSNorm
+from ..segments import Segments
+from ..spec import MambaSpec, StackSpec
+from ..state import SSMState
+from .base import FullPrecision, Mixer, check_one_token, continued, matmul_flops, placed
+
+DT_RANGE = (1e-3, 1e-1)
+DT_FLOOR = 1e-4
+A_RANGE = (1.0, 16.0)
+
+
+class ShortConv(nn.Module):
+    """The filters of `channels` channels, `width` taps each; the mixer joins several and runs them at once."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+
+class Mamba2(Mixer[SSMState]):
+    """z, x, B, C and dt are projected by weights stored apart, so that heads can be split across devices."""
+
+    def __init__(self, spec: MambaSpec, stack: StackSpec, kernels: str = "auto") -> None:
+        super().__init__()
+        width = stack.model.d_model
+        self.spec = spec
+        self.ssd, self.conv = select("ssd", kernels), select("conv", kernels)
+        inner, shared = spec.inner_width(width), spec.n_groups * spec.d_state
+        self.heads = inner // spec.head_dim
+        self.z_proj = nn.Linear(width, inner, bias=False)
+        self.x_proj = nn.Linear(width, inner, bias=False)
+        self.B_proj = nn.Linear(width, shared, bias=False)
+        self.C_proj = nn.Linear(width, shared, bias=False)
+        self.dt_proj = nn.Linear(width, self.heads, bias=False)
+        self.x_conv = ShortConv(inner, spec.d_conv)
+        self.B_conv = ShortConv(shared, spec.d_conv)
+        self.C_conv = ShortConv(shared, spec.d_conv)
+        self.scan = FullPrecision(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
+        self.norm = RMSNorm(inner)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        state = self.init_state(x.shape[0], 0, x.device, x.dtype)
+        return self.chunkwise(x, state, placed(segments, x))[0]
+
+    def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        segments = placed(segments, x)
+        empty = self.init_state(x.shape[0], 0, x.device, x.dtype).conv
+        inputs, _ = self._inputs(x, empty, segments)
+        return self._out(x, self.ssd.parallel(*inputs, segments), inputs[0], segments)
+
+    def chunkwise(
+        self, x: Tensor, state: SSMState, segments: Segments | None = None, *, chunk_size: int | None = None
+    ) -> tuple[Tensor, SSMState]:
+        segments, size = continued(segments), chunk_size or self.spec.chunk_size
+        inputs, conv = self._inputs(x, state.conv, segments)
+        y, ssm = self.ssd.chunkwise(*inputs, state.ssm, segments, size)
+        return self._out(x, y, inputs[0], segments), SSMState(ssm, conv)
+
+    def recurrent(self, x: Tensor, state: SSMState, segments: Segments | None = None) -> tuple[Tensor, SSMState]:
+        check_one_token(x)
+        segments = continued(segments)
+        inputs, conv = self._inputs(x, state.conv, segments)
+        y, ssm = self.ssd.recurrent(*inputs, state.ssm, segments)
+        return self._out(x, y, inputs[0], segments), SSMState(ssm, conv)
+
+    def _inputs(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(x [B, T, H, P], dt [B, T, H], A [H], B, C [B, T, G, N]) and the convolution's state."""
+        parts = ("x", "B", "C")
+        weight = torch.cat([self.get_parameter(f"{p}_proj.weight") for p in parts])
+        taps = torch.cat([self.get_parameter(f"{p}_conv.weight") for p in parts])
+        bias = torch.cat([self.get_parameter(f"{p}_conv.bias") for p in parts])
+        mixed, conv = self.conv.convolve(F.linear(x, weight), taps.to(x.dtype), bias.to(x.dtype), conv, segments)
+        shared = self.spec.n_groups * self.spec.d_state
+        values, B, C = F.silu(mixed).split([self.z_proj.out_features, shared, shared], -1)
+        scan = self.scan
+        dt = F.softplus(self.dt_proj(x).to(wide(x.dtype)) + scan.dt_bias)
+        B, C = (t.unflatten(-1, (self.spec.n_groups, self.spec.d_state)) for t in (B, C))
+        return (values.unflatten(-1, (self.heads, self.spec.head_dim)), dt, -torch.exp(scan.A_log), B, C), conv
+
+    def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
+        y = torch.addcmul(y, values.to(y.dtype), self.scan.D[:, None]).to(x.dtype)
+        return segments.mask(self.out_proj(self.norm(y.flatten(2) * F.silu(self.z_proj(x)))))
+
+    def init_state(
+        self,
+        batch: int,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rollback: int = 0,
+    ) -> SSMState:
+        weight, spec = self.z_proj.weight, self.spec
+        device, dtype = device or weight.device, dtype or weight.dtype
+        channels = self.z_proj.out_features + 2 * spec.n_groups * spec.d_state
+        ssm = torch.zeros(batch, self.heads, spec.head_dim, spec.d_state, device=device, dtype=wide(dtype))
+        return SSMState(ssm, torch.zeros(batch, spec.d_conv - 1, channels, device=device, dtype=dtype))
+
+    def flops(self, tokens: int) -> int:
+        """Per token: scores a group and sums a head over half a chunk, feeding and reading the state, the taps."""
+        span, spec = min(self.spec.chunk_size, tokens), self.spec
+        inner = self.heads * spec.head_dim
+        scores = span * (spec.n_groups * spec.d_state + inner)
+        across = 4 * inner * spec.d_state if span < tokens else 0
+        taps = 2 * spec.d_conv * (inner + 2 * spec.n_groups * spec.d_state)
+        return matmul_flops(self, tokens) + tokens * (scores + across + taps)
+
+    @torch.no_grad()
+    def reset_parameters(self, out_scale: float = 1.0) -> None:
+        """A from U(1, 16); dt log-uniform in [1e-3, 0.1] through an inverse softplus; D = 1."""
+        for name, layer in self.named_children():
+            if isinstance(layer, nn.Linear):
+                init_linear(layer, out_scale if name == "out_proj" else 1.0)
+            elif isinstance(layer, ShortConv):
+                layer.reset_parameters()
+        self.scan.A_log.copy_(torch.empty_like(self.scan.A_log).uniform_(*A_RANGE).log())
+        low, high = map(math.log, DT_RANGE)
+        dt = torch.empty_like(self.scan.dt_bias).uniform_(low, high).exp().clamp(min=DT_FLOOR)
+        self.scan.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        nn.init.ones_(self.scan.D)
+        self.norm.reset_parameters()

@@ -1,0 +1,112 @@
+"""Multi-scale retention (Sun et al. 2023, arXiv 2307.08621): linear attention with RoPE and a fixed decay a head."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.select import select
+from ..kernels.precision import wide
+from ..layers.ffn import init_linear
+from ..layers.norm import layer_norm
+from ..layers.rope import phases, rotate
+from ..segments import Segments
+from ..spec import RetNetSpec, StackSpec
+from ..state import RetentionState
+from .base import Mixer, check_one_token, continued, matmul_flops, placed
+
+GROUP_NORM_EPS = 1e-6
+
+
+def log_gamma(schedule: str, heads: int, device: torch.device | str | None = None) -> Tensor:
+    """[H] float64 log decays: `eq8` is gamma = 1 - 2^(-5-h); `paper_runs` spaces 1 - gamma from 1/32 to 1/512."""
+    if schedule == "eq8":
+        forgotten = torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64, device=device))
+    else:
+        forgotten = torch.linspace(-math.log(32), -math.log(512), heads, dtype=torch.float64, device=device).exp()
+    return torch.log1p(-forgotten)
+
+
+class Retention(Mixer[RetentionState]):
+    """MSR(x) = (swish(x Wg) * GroupNorm(heads)) Wo; 1 / sqrt(K) is on q, so that the state is unscaled."""
+
+    def __init__(self, spec: RetNetSpec, stack: StackSpec, kernels: str = "auto") -> None:
+        super().__init__()
+        width, self.heads = stack.model.d_model, stack.model.n_heads
+        self.spec, self.theta = spec, stack.embedding.rope_theta
+        self.ops = select("retention", kernels)
+        value = spec.value_width(width)
+        self.key_dim, self.value_dim = width // self.heads, value // self.heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, value, bias=False)
+        self.g_proj = nn.Linear(width, value, bias=False) if spec.swish_gate else None
+        self.o_proj = nn.Linear(value, width, bias=False)
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        if not self.spec.chunkwise:
+            return self.parallel(x, segments)
+        state = self.init_state(x.shape[0], 0, x.device, x.dtype)
+        return self.chunkwise(x, state, placed(segments, x))[0]
+
+    def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        segments = placed(segments, x)
+        return self._out(x, self.ops.parallel(*self._heads(x, segments), segments), segments)
+
+    def chunkwise(
+        self, x: Tensor, state: RetentionState, segments: Segments | None = None, *, chunk_size: int | None = None
+    ) -> tuple[Tensor, RetentionState]:
+        segments, size = continued(segments), chunk_size or self.spec.chunk_size
+        y, kv = self.ops.chunkwise(*self._heads(x, segments), state.kv, segments, size)
+        return self._out(x, y, segments), RetentionState(kv)
+
+    def recurrent(
+        self, x: Tensor, state: RetentionState, segments: Segments | None = None
+    ) -> tuple[Tensor, RetentionState]:
+        check_one_token(x)
+        segments = continued(segments)
+        y, kv = self.ops.recurrent(*self._heads(x, segments), state.kv, segments)
+        return self._out(x, y, segments), RetentionState(kv)
+
+    def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H]."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.key_dim)) * self.key_dim**-0.5
+        k = self.k_proj(x).unflatten(-1, (self.heads, self.key_dim))
+        v = self.v_proj(x).unflatten(-1, (self.heads, self.value_dim))
+        if self.spec.rope:
+            turn = phases(segments, self.key_dim, self.theta, x.dtype)
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        return q, k, v, log_gamma(self.spec.gamma, self.heads, x.device)
+
+    def _out(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+        if self.spec.group_norm:
+            y = layer_norm(y, GROUP_NORM_EPS)
+        y = y.flatten(2)
+        if self.g_proj is not None:
+            y = F.silu(self.g_proj(x)) * y
+        return segments.mask(self.o_proj(y))
+
+    def init_state(
+        self,
+        batch: int,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rollback: int = 0,
+    ) -> RetentionState:
+        weight = self.q_proj.weight
+        shape = (batch, self.heads, self.key_dim, self.value_dim)
+        return RetentionState(torch.zeros(shape, device=device or weight.device, dtype=wide(dtype or weight.dtype)))
+
+    def flops(self, tokens: int) -> int:
+        """Per token and head: scores and their sum over half a chunk, feeding and reading the state."""
+        span = min(self.spec.chunk_size, tokens) if self.spec.chunkwise else tokens
+        within = span * (self.key_dim + self.value_dim)
+        across = 4 * self.key_dim * self.value_dim if span < tokens else 0
+        return matmul_flops(self, tokens) + tokens * self.heads * (within + across)
+
+    def reset_parameters(self, out_scale: float = 1.0) -> None:
+        for name, layer in self.named_children():
+            init_linear(layer, out_scale if name == "o_proj" else 1.0)

@@ -1,0 +1,196 @@
+"""Stack: embedding, layers, norm and head, in the same three forms as its mixers."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .block import Block
+from .layers.norm import make_norm
+from .segments import Segments
+from .spec import StackSpec, dump, expand
+from .state import LayerState, StackState
+
+EMBEDDING_STD = 0.02
+IGNORED = -100
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Stack(nn.Module):
+    """tokens [B, T] int64 -> logits [B, T, vocab_size].
+
+    `forward` runs each mixer in the form its spec names; `parallel`, `chunkwise` and `recurrent` run that form in all
+    layers. The four agree to rounding.
+    """
+
+    def __init__(self, spec: StackSpec, kernels: str = "auto") -> None:
+        super().__init__()
+        width, vocab = spec.model.d_model, spec.model.vocab_size
+        self.spec = spec
+        layers = expand(spec)
+        self.embedding = nn.Embedding(vocab, width)
+        self.layers = nn.ModuleList(Block(layer, spec, kernels) for layer in layers)
+        self.norm = make_norm(layers[-1].norm, width)
+        self.head = None if spec.tied else nn.Linear(width, vocab, bias=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
+    def grows(self) -> bool:
+        """Whether some layer keeps every token, so that max_seq_len is a limit."""
+        return any(block.mixer.grows for block in self.blocks)
+
+    def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
+        return self._sequence(tokens, segments, Block.__call__)
+
+    def parallel(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
+        """Every mixer in its parallel form, whatever its spec names."""
+        return self._sequence(tokens, segments, Block.parallel)
+
+    def chunkwise(
+        self,
+        tokens: Tensor,
+        state: StackState,
+        segments: Segments | None = None,
+        *,
+        chunk_size: int | None = None,
+    ) -> tuple[Tensor, StackState]:
+        """Continue `state` by T tokens. Raises ValueError where its KV caches have no room for them."""
+        return self._step(tokens, state, segments, lambda b, x, s, g: b.chunkwise(x, s, g, chunk_size))
+
+    def recurrent(
+        self, tokens: Tensor, state: StackState, segments: Segments | None = None
+    ) -> tuple[Tensor, StackState]:
+        """Continue `state` by one token, tokens [B, 1]."""
+        return self._step(tokens, state, segments, Block.recurrent)
+
+    def init_state(self, batch: int, max_tokens: int | None = None, *, rollback: int = 0) -> StackState:
+        """An empty state for `batch` rows of up to `max_tokens` tokens (max_seq_len by default).
+
+        `rollback` is the largest rollback that windowed caches shall allow. Raises ValueError where a template says
+        that it keeps no state, or where max_tokens is more than the model's max_seq_len.
+        """
+        limit = self.spec.model.max_seq_len
+        max_tokens = limit if max_tokens is None else max_tokens
+        self._fits(max_tokens)
+        for block in self.blocks:
+            keep = block.layer.state
+            if keep.kv_cache is False or keep.ssm_state is False:
+                raise ValueError(
+                    f"layer_templates.{block.layer.template}.state is false: layer {block.layer.index} keeps no state, "
+                    "so it has no chunkwise or recurrent form; remove the key to generate from this stack"
+                )
+        layers = tuple(b.mixer.init_state(batch, max_tokens, rollback=rollback) for b in self.blocks)
+        length = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
+        return StackState(layers, length, 0, max_tokens if self.grows else None, rollback)
+
+    def losses(
+        self, tokens: Tensor, targets: Tensor, segments: Segments | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total training loss and its named parts; targets of -100 do not count."""
+        logits = self(tokens, segments)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        return cross_entropy, {"cross_entropy": cross_entropy}
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs of one sequence of `tokens`."""
+        head = 2 * tokens * self.spec.model.d_model * self.spec.model.vocab_size
+        return head + sum(block.flops(tokens) for block in self.blocks)
+
+    def fingerprint(self) -> str:
+        """A hash of the spec and of every weight: what a saved state belongs to."""
+        digest = hashlib.sha256(dump(self.spec).encode())
+        for name, weight in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew: outputs into the residual stream are scaled by 1 / sqrt(how many there are)."""
+        adds = sum(1 + (block.ffn is not None) for block in self.blocks)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        for block in self.blocks:
+            block.reset_parameters(out_scale=adds**-0.5)
+        self.norm.reset_parameters()
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
+
+    def _sequence(
+        self, tokens: Tensor, segments: Segments | None, form: Callable[[Block, Tensor, Segments], Tensor]
+    ) -> Tensor:
+        self._fits(tokens.shape[1])
+        start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+        if segments is None:
+            placed = Segments.dense(tokens.shape[1], device=tokens.device)
+        else:
+            placed = segments.placed(start, tokens.shape[1], 0)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = form(block, x, placed)
+        return self._logits(x)
+
+    def _step(
+        self,
+        tokens: Tensor,
+        state: StackState,
+        segments: Segments | None,
+        form: Callable[[Block, Tensor, LayerState, Segments], tuple[Tensor, LayerState]],
+    ) -> tuple[Tensor, StackState]:
+        placed = (segments or Segments()).placed(state.length, tokens.shape[1], state.bound)
+        bound = self._room(state, placed, tokens.shape[1])
+        x, layers = self.embedding(tokens), []
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            x, after = form(block, x, before, placed)
+            layers.append(after)
+        after_all = StackState(tuple(layers), placed.ends(state.length), bound, state.max_tokens, state.rollback_limit)
+        return self._logits(x), after_all
+
+    def _room(self, state: StackState, segments: Segments, tokens: int) -> int:
+        """The bound after `tokens` more, looked up exactly where padding might make the difference."""
+        bound = state.bound + tokens
+        if state.max_tokens is None or bound <= state.max_tokens:
+            return bound
+        longest = segments.position.amax(1).add(1) if segments.position is not None else state.length
+        exact = int(torch.maximum(longest, state.length).max()) if state.batch else 0
+        if exact > state.max_tokens:
+            raise ValueError(
+                f"the state has room for {state.max_tokens} tokens, and these reach {exact}; "
+                "make it with init_state(batch, max_tokens=...) that holds them"
+            )
+        return state.max_tokens
+
+    def _fits(self, tokens: int) -> None:
+        limit = self.spec.model.max_seq_len
+        if tokens > limit and self.grows:
+            raise ValueError(
+                f"{tokens} tokens are more than model.max_seq_len = {limit}, and this stack has attention without a "
+                "window; shorten the sequence or raise model.max_seq_len"
+            )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x), weight)
+
+
+def build(
+    spec: StackSpec,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    kernels: str = "auto",
+) -> Stack:
+    """The stack of a spec, with freshly drawn weights (none on the meta device).
+
+    dtype: model.dtype by default; decays, dt biases and recurrent states stay at least float32 whatever it is.
+    kernels: a provider's name for all operations, or `auto`. Raises ValueError for a provider that cannot serve.
+    """
+    with torch.device("meta"):
+        stack = Stack(spec, kernels)
+    stack.to(dtype or DTYPES[spec.model.dtype])
+    if torch.device(device).type != "meta":
+        stack.to_empty(device=device).reset_parameters()
+    return stack

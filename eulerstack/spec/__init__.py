@@ -1,0 +1,52 @@
+"""The YAML language: what a stack file may say. Imports no torch, and nothing else of ours."""
+
+from .check import unused_templates
+from .errors import Problem, SpecError
+from .expand import LayerSpec, expand
+from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, NoFFN
+from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
+from .load import dump, from_data, load, loads, presets
+from .mixers import AttentionSpec, MambaSpec, MixerSpec, RetNetSpec
+from .stack import (
+    ByteTokenizer,
+    EmbeddingSpec,
+    HeadSpec,
+    HFTokenizer,
+    ModelSpec,
+    ScheduleEntry,
+    StackSpec,
+    TrainingHints,
+)
+
+__all__ = [
+    "AttentionSpec",
+    "ByteTokenizer",
+    "EmbeddingSpec",
+    "FFNSpec",
+    "GatedMLPSpec",
+    "HFTokenizer",
+    "HeadSpec",
+    "KeepSpec",
+    "LayerSpec",
+    "LayerTemplate",
+    "MLPSpec",
+    "MambaSpec",
+    "MixerSpec",
+    "ModelSpec",
+    "NoFFN",
+    "NormSpec",
+    "Problem",
+    "ResidualSpec",
+    "RetNetSpec",
+    "ScheduleEntry",
+    "SpecError",
+    "StackSpec",
+    "TrainingHints",
+    "dump",
+    "expand",
+    "from_data",
+    "load",
+    "loads",
+    "presets",
+    "unused_templates",
+]

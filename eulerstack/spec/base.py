@@ -1,0 +1,7 @@
+"""The base of every block of the language: frozen, strict, unknown keys refused."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)

@@ -1,0 +1,118 @@
+"""The rules between keys: what Pydantic's fields cannot say one by one."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic_core import PydanticCustomError
+
+from .errors import Problem
+from .mixers import AttentionMixer, MambaMixer, MambaSpec, RetNetMixer
+
+if TYPE_CHECKING:
+    from .layer import LayerTemplate
+    from .stack import StackSpec
+
+MAX_LAYERS = 4096
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Raise one Pydantic error that carries all the problems."""
+    if problems:
+        text = "; ".join(f"{p.key}: {p.message}" for p in problems)
+        raise PydanticCustomError("stack", "{text}", {"text": text, "problems": problems})
+
+
+def cross_check(spec: "StackSpec") -> list[Problem]:
+    return [*_widths(spec), *_tokens(spec), *_schedule(spec), *_templates(spec)]
+
+
+def unused_templates(spec: "StackSpec") -> list[str]:
+    """Templates that no schedule entry names: a warning, not an error."""
+    used = {entry.template for entry in spec.layer_schedule}
+    return [name for name in spec.layer_templates if name not in used]
+
+
+def _problem(key: str, message: str, fix: str) -> Problem:
+    return Problem(key, message, fix, category="Compatibility")
+
+
+def _divides(key: str, value: int, whole_key: str, whole: int) -> Iterator[Problem]:
+    if whole % value:
+        fix = f"choose {key.rpartition('.')[2]} among the divisors of {whole}, or change {whole_key}"
+        yield _problem(key, f"{value} does not divide {whole_key} = {whole}", fix)
+
+
+def _widths(spec: "StackSpec") -> Iterator[Problem]:
+    model = spec.model
+    yield from _divides("model.n_heads", model.n_heads, "model.d_model", model.d_model)
+    yield from _divides("model.n_kv_heads", model.kv_heads, "model.n_heads", model.n_heads)
+
+
+def _tokens(spec: "StackSpec") -> Iterator[Problem]:
+    vocab = spec.model.vocab_size
+    if spec.tokenizer_contract.type == "byte" and vocab < 256:
+        yield _problem("model.vocab_size", f"{vocab} is less than the byte tokenizer's 256", "write vocab_size: 256")
+    tie, head = spec.embedding.tie_word_embeddings, spec.head.tie_weights
+    if head is not None and head != tie:
+        fix = "give both the same value, or leave head.tie_weights out"
+        yield _problem("head.tie_weights", f"{head} contradicts embedding.tie_word_embeddings = {tie}", fix)
+    if "rope_theta" in spec.embedding.model_fields_set and not _turns(spec):
+        fix = "remove rope_theta, or set embedding.positional: rope"
+        yield _problem("embedding.rope_theta", "no layer uses rotary positions, so it would do nothing", fix)
+
+
+def _turns(spec: "StackSpec") -> bool:
+    """Whether anything uses rotary positions (a file may say so before it has such a layer)."""
+    mixers = [template.mixer for template in spec.layer_templates.values()]
+    return spec.embedding.positional == "rope" or any(isinstance(m, RetNetMixer) and m.retnet.rope for m in mixers)
+
+
+def _schedule(spec: "StackSpec") -> Iterator[Problem]:
+    known = ", ".join(spec.layer_templates)
+    for i, entry in enumerate(spec.layer_schedule):
+        if entry.template not in spec.layer_templates:
+            key = f"layer_schedule.{i}.template"
+            yield _problem(key, f"{entry.template!r} is not one of layer_templates", f"use one of {known}, or define it")
+    layers = sum(entry.repeat for entry in spec.layer_schedule)
+    if layers > MAX_LAYERS:
+        yield _problem("layer_schedule", f"{layers} layers are more than {MAX_LAYERS}", "lower the repeats")
+
+
+def _templates(spec: "StackSpec") -> Iterator[Problem]:
+    for name, template in spec.layer_templates.items():
+        key = f"layer_templates.{name}"
+        yield from _mixer(spec, template, key)
+        yield from _state(template, key)
+
+
+def _mixer(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
+    mixer, width, heads = template.mixer, spec.model.d_model, spec.model.n_heads
+    head_dim = width // heads
+    turned = isinstance(mixer, RetNetMixer) and mixer.retnet.rope
+    turned = turned or (isinstance(mixer, AttentionMixer) and spec.embedding.positional == "rope")
+    if turned and width % heads == 0 and head_dim % 2:
+        fix = "choose d_model and n_heads so that d_model / n_heads is even, or do without rope"
+        yield _problem(f"{key}.mixer", f"rope turns pairs of channels, but a head has {head_dim}", fix)
+    if isinstance(mixer, RetNetMixer):
+        wanted = mixer.retnet.value_expand * width
+        if wanted != round(wanted) or round(wanted) % heads:
+            message = f"values of {wanted:g} channels cannot be split over {heads} heads"
+            fix = "choose value_expand so that value_expand * d_model is a multiple of n_heads"
+            yield _problem(f"{key}.mixer.retnet.value_expand", message, fix)
+    if isinstance(mixer, MambaMixer):
+        yield from _mamba(mixer.mamba, width, f"{key}.mixer.mamba")
+
+
+def _mamba(mamba: MambaSpec, width: int, key: str) -> Iterator[Problem]:
+    inner = mamba.inner_width(width)
+    yield from _divides(f"{key}.head_dim", mamba.head_dim, "expand * d_model", inner)
+    if inner % mamba.head_dim == 0:
+        yield from _divides(f"{key}.n_groups", mamba.n_groups, "the number of heads", inner // mamba.head_dim)
+
+
+def _state(template: "LayerTemplate", key: str) -> Iterator[Problem]:
+    mixer, state = template.mixer.type, template.state
+    kept, other = ("ssm_state", "kv_cache") if mixer == "mamba" else ("kv_cache", "ssm_state")
+    if getattr(state, other) is not None:
+        message = f"a {mixer} mixer has no {other}"
+        yield _problem(f"{key}.state.{other}", message, f"remove it, or write {kept}")

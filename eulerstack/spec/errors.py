@@ -1,0 +1,29 @@
+"""What is wrong with a stack file, as sentences a person can act on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the dotted key, what is wrong with its value, and what to write instead."""
+
+    key: str
+    message: str
+    fix: str
+    category: str = "Schema"
+    line: int | None = None
+    column: int | None = None
+
+    def render(self, source: str) -> str:
+        place = source if self.line is None else f"{source}:{self.line}:{self.column}"
+        where = f"{place}: {self.key}" if self.key else place
+        return f"{self.category}: {where}: {self.message}\nFix: {self.fix}"
+
+
+class SpecError(ValueError):
+    """A stack file that cannot be built; lists every problem found."""
+
+    def __init__(self, problems: list[Problem], source: str = "spec") -> None:
+        self.problems = problems
+        self.source = source
+        super().__init__("\n".join(p.render(source) for p in problems))

@@ -1,0 +1,231 @@
+"""From a file, a preset's name or a text to a StackSpec, and back."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .errors import Problem, SpecError
+from .stack import StackSpec
+from .yaml import Document, Path, dotted, parse
+
+_LATER = {
+    "let": "variables", "override": "per-entry overrides", "transition": "reasoning-phase metadata",
+    "compatibility": "compile targets", "execution_modes": "execution modes", "memory": "memory modules",
+    "shape_change": "shape changes", "depth_gating": "depth gating", "parallel": "parallel streams",
+    "integrator": "integrators", "attn_drop": "attention dropout", "latent_dim": "multi-head latent attention",
+    "window_mode": "window modes (a `window` slides)", "window_dilation": "dilated windows",
+    "compression": "compressed attention", "attention_sinks": "attention sinks", "moe": "mixtures of experts",
+    "hyper": "hyper-connections", "logit_softcap": "logit soft-capping", "mtp": "multi-token prediction",
+    "rope_scaling": "RoPE scaling", "scale": "embedding scaling", "pad_token": "padding tokens",
+    "init": "initialisation schemes", "dropout": "dropout", "checkpointing": "activation checkpointing",
+    "router_aux_loss_coef": "mixtures of experts", "router_lr_multiplier": "mixtures of experts",
+    "optimizer": "other optimizers", "optimizer_groups": "optimizer groups", "muon": "Muon",
+    "hyena": "Hyena", "branched": "branched mixers", "ttt": "test-time training layers",
+}  # fmt: skip
+"""Keys of the v1 language that this version refuses by name, and what they are about."""
+
+_LATER_VALUES = {"mamba1", "hyena", "branched", "ttt_layer", "moe", "alibi", "hyper_connection", "causal_lm_mtp"}
+"""Values of the v1 language that this version refuses by name."""
+
+PRESET_DIRS = (FilePath(__file__).parents[1] / "presets", FilePath(__file__).parents[2] / "presets")
+"""Where the shipped presets are: in the wheel, and in a checkout."""
+
+
+def load(source: str | FilePath) -> StackSpec:
+    """The spec of a YAML file, of a shipped preset by its name, or of a checkpoint directory.
+
+    Raises SpecError that lists every problem with its line.
+    """
+    return loads(*_read(FilePath(source)))
+
+
+def loads(text: str, source: str = "spec") -> StackSpec:
+    """The spec of a YAML text; `source` is what the messages call it."""
+    return _validated(parse(text, source), source)
+
+
+def from_data(data: dict[str, Any]) -> StackSpec:
+    """The spec of plain Python data in the shape of a stack file."""
+    return _validated(Document(data), "spec")
+
+
+def _validated(document: Document, source: str) -> StackSpec:
+    if not isinstance(document.data, dict):
+        fix = "a stack file is a mapping that starts with `schema_version: 1` and `model:`"
+        raise SpecError([Problem("", "the file holds no mapping", fix)], source)
+    try:
+        spec = StackSpec.model_validate(document.data)
+    except ValidationError as error:
+        problems = [*document.problems, *_problems(error, document)]
+        raise SpecError(sorted(problems, key=lambda p: p.line or 0), source) from None
+    if document.problems:
+        raise SpecError(document.problems, source)
+    return spec
+
+
+def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
+    """The spec as YAML that loads equal, every default written out; also into a file if `path` is given."""
+    data = spec.model_dump(mode="json", exclude_none=True)
+    data["training_hints"].setdefault("grad_clip", None)  # None means no clipping, which is not the default
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    if path is not None:
+        FilePath(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def presets() -> dict[str, FilePath]:
+    """The shipped presets, by name."""
+    return {file.stem: file for folder in PRESET_DIRS for file in sorted(folder.glob("*.yml"))}
+
+
+def _read(path: FilePath) -> tuple[str, str]:
+    if path.is_dir():
+        path = path / "spec.yml"
+    if not path.exists() and str(path) in (shipped := presets()):
+        path = shipped[str(path)]
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.stem, presets(), 1)
+        fix = f"did you mean the preset {near[0]!r}?" if near else "give a YAML file or a preset's name (`eulerstack presets list`)"
+        problem = Problem("", "there is no such file", fix, "File")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = Problem("", f"cannot be read: {error}", "give a UTF-8 YAML file", "File")
+    raise SpecError([problem], str(path))
+
+
+def _problems(error: ValidationError, document: Document) -> Iterable[Problem]:
+    for item in error.errors(include_url=False):
+        if item["type"] == "stack":
+            for problem in item["ctx"]["problems"]:
+                line, column = _place(tuple(_as_path(problem.key, document)), document)
+                yield Problem(problem.key, problem.message, problem.fix, problem.category, line, column)
+        else:
+            yield _field_problem(item, document)
+
+
+def _as_path(key: str, document: Document) -> Path:
+    """The longest written part of a dotted key (template names may hold dots)."""
+    return max((p for p in document.places if key == dotted(p) or key.startswith(dotted(p) + ".")), key=len, default=())
+
+
+def _place(path: Path, document: Document) -> tuple[int | None, int | None]:
+    """Where the path, or the nearest key above it, stands."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in document.places:
+            return document.places[path[:end]]
+    return (1, 1) if document.places else (None, None)
+
+
+def _written(location: tuple[Any, ...], document: Document) -> Path:
+    """The path as the file has it: Pydantic puts a union's tag between its keys."""
+    value, path = document.data, []
+    for step in location:
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, tuple) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        elif step != location[-1]:
+            continue
+        path.append(step)
+    return tuple(path)
+
+
+def _field_problem(item: Any, document: Document) -> Problem:
+    path = _written(_location(item), document)
+    line, column = _place(path, document)
+    message, fix = _explain(item, path)
+    return Problem(dotted(path), message, fix, "Schema", line, column)
+
+
+def _location(item: Any) -> tuple[Any, ...]:
+    """Where it is wrong; a union's own errors are about its discriminator."""
+    location: tuple[Any, ...] = item["loc"]
+    return (*location, "type") if item["type"].startswith("union_tag") else location
+
+
+def _explain(item: Any, path: Path) -> tuple[str, str]:
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    name = str(path[-1]) if path else ""
+    if kind == "extra_forbidden":
+        return _unknown_key(name, path)
+    if kind in ("missing", "union_tag_not_found"):
+        return "is required and missing", f"add `{name}:`"
+    if kind in ("literal_error", "union_tag_invalid"):
+        value = context.get("tag", value)
+        return _wrong_word(value, context.get("expected") or context["expected_tags"])
+    if isinstance(value, float) and kind in ("int_type", "int_from_float"):
+        return f"{value!r} is not a whole number", "write a whole number"
+    return _WANTED.get(kind, lambda v, c: (f"{v!r}: {item['msg']}", "correct the value"))(value, context)
+
+
+_WANTED = {
+    "int_type": lambda v, c: (f"{_show(v)} is not a whole number", "write a whole number without quotes"),
+    "float_type": lambda v, c: (f"{_show(v)} is not a number", "write a number without quotes"),
+    "bool_type": lambda v, c: (f"{_show(v)} is neither true nor false", "write true or false"),
+    "string_type": lambda v, c: (f"{_show(v)} is not a text", "write a text, in quotes if it looks like a number"),
+    "model_type": lambda v, c: (f"{_show(v)} is not a mapping", "write its keys below it, indented"),
+    "model_attributes_type": lambda v, c: (f"{_show(v)} is not a mapping", "write its keys below it, indented"),
+    "dict_type": lambda v, c: (f"{_show(v)} is not a mapping", "write its keys below it, indented"),
+    "tuple_type": lambda v, c: (f"{_show(v)} is not a list", "write a list: one `- item` a line"),
+    "too_short": lambda v, c: ("is empty", "give at least one entry"),
+    "finite_number": lambda v, c: (f"{v!r} is not finite", "write a finite number"),
+    "greater_than": lambda v, c: (f"{_show(v)} is not greater than {c['gt']}", f"write a number above {c['gt']}"),
+    "greater_than_equal": lambda v, c: (f"{_show(v)} is less than {c['ge']}", f"write {c['ge']} or more"),
+    "less_than": lambda v, c: (f"{_show(v)} is not less than {c['lt']}", f"write a number below {c['lt']}"),
+    "less_than_equal": lambda v, c: (f"{_show(v)} is more than {c['le']}", f"write {c['le']} or less"),
+}
+
+
+def _show(value: Any) -> str:
+    text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _wrong_word(value: Any, expected: str) -> tuple[str, str]:
+    allowed = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",")]
+    if isinstance(value, str) and value in _LATER_VALUES:
+        return f"{value!r} is part of the v1 language but not supported yet", f"use one of {', '.join(allowed)}"
+    near = difflib.get_close_matches(str(value), allowed, 1)
+    fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(allowed)}"
+    return f"{_show(value)} is not one of {', '.join(allowed)}", fix
+
+
+def _unknown_key(name: str, path: Path) -> tuple[str, str]:
+    if name in _LATER:
+        return f"is part of the v1 language but not supported yet ({_LATER[name]})", "remove it"
+    known = _siblings(path)
+    near = difflib.get_close_matches(name, known, 1)
+    fix = f"did you mean {near[0]!r}?" if near else f"remove it; the keys here are {', '.join(known)}"
+    return "is not a key of the language here", fix
+
+
+def _siblings(path: Path) -> list[str]:
+    """The keys that may stand where `path` does, read off the JSON Schema's definitions."""
+    schema = StackSpec.model_json_schema()
+    node: dict[str, Any] = schema
+    for step in path[:-1]:
+        node = _child(node, step, schema)
+    return sorted({key for part in _alternatives(node, schema) for key in part.get("properties", {})})
+
+
+def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The definitions a schema node stands for."""
+    if "$ref" in node:
+        return [schema["$defs"][node["$ref"].rpartition("/")[2]]]
+    options = node.get("anyOf") or node.get("oneOf")
+    return [node] if not options else [part for option in options for part in _alternatives(option, schema)]
+
+
+def _child(node: dict[str, Any], step: str | int, schema: dict[str, Any]) -> dict[str, Any]:
+    found = []
+    for part in _alternatives(node, schema):
+        if isinstance(step, int):
+            found.append(part.get("items", {}))
+        else:
+            found.append(part.get("properties", {}).get(step) or part.get("additionalProperties") or {})
+    return {"anyOf": [f for f in found if isinstance(f, dict) and f]}

@@ -1,0 +1,103 @@
+"""StackSpec: a whole stack file. Start reading here."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .base import Block
+from .check import cross_check, refuse
+from .layer import LayerTemplate
+from .mixers import Positive
+
+Width = Annotated[int, Field(ge=1, le=1 << 17)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelSpec(Block):
+    """Widths shared by all layers. family_hint and target_params are metadata, shown by `explain`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    d_model: Width
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
+    max_seq_len: Positive
+    n_heads: Width
+    n_kv_heads: Width | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    family_hint: str | None = None
+    target_params: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+
+class ByteTokenizer(Block):
+    """The 256 bytes of UTF-8: nothing to download."""
+
+    type: Literal["byte"]
+
+
+class HFTokenizer(Block):
+    """A tokenizer.json of Hugging Face `tokenizers`: the file, or the folder that holds it."""
+
+    type: Literal["hf"]
+    pretrained: Annotated[str, Field(min_length=1)]
+    add_bos: bool = False
+    add_eos: bool = False
+
+
+class EmbeddingSpec(Block):
+    """Learned token embeddings. `positional` is attention's; a retnet turns by its own `rope`. Both use rope_theta."""
+
+    type: Literal["learned"] = "learned"
+    positional: Literal["rope", "none"] = "rope"
+    rope_theta: Annotated[float, Field(gt=1, le=1e12)] = 10000.0
+    tie_word_embeddings: bool = True
+
+
+class ScheduleEntry(Block):
+    """`repeat` layers of a template, one after the other."""
+
+    template: str
+    repeat: Annotated[int, Field(ge=1, le=4096)] = 1
+
+
+class HeadSpec(Block):
+    """The next-token head; tie_weights follows embedding.tie_word_embeddings unless set."""
+
+    type: Literal["causal_lm"] = "causal_lm"
+    tie_weights: bool | None = None
+
+
+class TrainingHints(Block):
+    """Defaults of `fit`; the command line overrides each."""
+
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    lr_peak: Annotated[float, Field(gt=0, le=10)] = 3e-3
+    lr_floor_ratio: Fraction = 0.1
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    warmup_steps_ratio: Fraction = 0.05
+
+
+class StackSpec(Block):
+    schema_version: Literal[1] = 1
+    model: ModelSpec
+    tokenizer_contract: Annotated[ByteTokenizer | HFTokenizer, Field(discriminator="type")]
+    embedding: EmbeddingSpec
+    layer_templates: Annotated[dict[str, LayerTemplate], Field(min_length=1)]
+    layer_schedule: Annotated[tuple[ScheduleEntry, ...], Field(min_length=1, strict=False)]
+    head: HeadSpec
+    training_hints: TrainingHints = TrainingHints()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        refuse(cross_check(self))
+        return self
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head reads the embedding's weights."""
+        return self.embedding.tie_word_embeddings

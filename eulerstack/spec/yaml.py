@@ -1,0 +1,171 @@
+"""YAML text to plain data, and where in the file each key stands.
+
+Built on the events of the safe loader's parser: scalars read by YAML 1.2's core rules (3e-4 is a number, `no` is a
+string), duplicate keys, merge keys, tags and runaway aliases refused. Sequences come back as tuples.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from .errors import Problem, SpecError
+
+Path = tuple[str | int, ...]
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 50_000
+MAX_DEPTH = 40
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)")
+_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+_WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)  # type: ignore[arg-type]
+
+
+@dataclass
+class Document:
+    """The data of a file, and (line, column) of the keys and items in it."""
+
+    data: Any
+    places: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def parse(text: str, source: str) -> Document:
+    """Raises SpecError for text that is no YAML, or is made to exhaust the reader."""
+    if len(text) > MAX_BYTES:
+        raise SpecError([Problem("", f"the file has more than {MAX_BYTES:,} characters", "split it up", "YAML")], source)
+    try:
+        reader = _Reader(yaml.parse(text, Loader=_Loader))
+        return reader.document()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
+        what = " ".join(filter(None, (error.context, error.problem)))
+        raise SpecError([Problem("", f"not YAML: {what}", "correct the syntax here", "YAML", line, column)], source) from None
+    except yaml.reader.ReaderError as error:
+        raise SpecError([Problem("", f"not YAML text: {error.reason}", "save the file as UTF-8", "YAML")], source) from None
+    except _Refused as error:
+        raise SpecError([error.problem], source) from None
+
+
+class _Refused(Exception):
+    def __init__(self, message: str, fix: str, event: Any) -> None:
+        mark = event.start_mark
+        self.problem = Problem("", message, fix, "YAML", mark.line + 1, mark.column + 1)
+
+
+class _Reader:
+    """A recursive reader of parser events, bounded in depth and in nodes (aliases count each time they are used)."""
+
+    def __init__(self, events: Iterator[Any]) -> None:
+        self.events = events
+        self.out = Document(None)
+        self.anchors: dict[str, tuple[Any, int]] = {}
+        self.nodes = 0
+
+    def document(self) -> Document:
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if self.out.data is not None:
+                    raise _Refused("the file holds more than one YAML document", "keep one", event)
+                self.out.data = self.node(next(self.events), ())
+        return self.out
+
+    def node(self, event: Any, path: Path) -> Any:
+        self.count(1, event)
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(event)
+        if event.tag not in (None, "!"):
+            raise _Refused(f"the tag {event.tag} is not supported", "write plain values without tags", event)
+        before = self.nodes
+        if len(path) > MAX_DEPTH:
+            raise _Refused(f"nested deeper than {MAX_DEPTH} levels", "flatten it", event)
+        if isinstance(event, yaml.ScalarEvent):
+            value = _scalar(event)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = self.sequence(path)
+        else:
+            value = self.mapping(path)
+        if event.anchor:
+            self.anchors[event.anchor] = (value, self.nodes - before + 1)
+        return value
+
+    def sequence(self, path: Path) -> tuple[Any, ...]:
+        items: list[Any] = []
+        for event in self.events:
+            if isinstance(event, yaml.SequenceEndEvent):
+                break
+            here = (*path, len(items))
+            self.out.places[here] = _place(event)
+            items.append(self.node(event, here))
+        return tuple(items)
+
+    def mapping(self, path: Path) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for event in self.events:
+            if isinstance(event, yaml.MappingEndEvent):
+                break
+            key = self.key(event, out)
+            here = (*path, key)
+            if key in out:
+                self.duplicate(here, event)
+            self.out.places[here] = _place(event)
+            out[key] = self.node(next(self.events), here)
+        return out
+
+    def key(self, event: Any, out: dict[str, Any]) -> str:
+        if not isinstance(event, yaml.ScalarEvent):
+            raise _Refused("a key must be a plain word", "write `key: value`", event)
+        value = _scalar(event)
+        if value == "<<":
+            raise _Refused("merge keys (<<) are not supported", "write the keys out", event)
+        if not isinstance(value, str):
+            raise _Refused(f"the key {event.value!r} is no word", f'quote it: "{event.value}"', event)
+        return value
+
+    def duplicate(self, path: Path, event: Any) -> None:
+        line = self.out.places[path][0]
+        message = f"given twice, first in line {line}"
+        self.out.problems.append(Problem(dotted(path), message, "keep one of them", "YAML", *_place(event)))
+
+    def alias(self, event: Any) -> Any:
+        if event.anchor not in self.anchors:
+            raise _Refused(f"the alias *{event.anchor} has no anchor before it", "define it first", event)
+        value, size = self.anchors[event.anchor]
+        self.count(size, event)
+        return value
+
+    def count(self, more: int, event: Any) -> None:
+        self.nodes += more
+        if self.nodes > MAX_NODES:
+            raise _Refused(f"the file expands to more than {MAX_NODES:,} values", "use fewer aliases", event)
+
+
+def _place(event: Any) -> tuple[int, int]:
+    return event.start_mark.line + 1, event.start_mark.column + 1
+
+
+def _scalar(event: Any) -> Any:
+    text: str = event.value
+    if not event.implicit[0]:  # quoted
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.fullmatch(text):
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10) if len(text) < 40 else float(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _INFINITE.fullmatch(text):
+        return math.copysign(math.inf, -1 if text[0] == "-" else 1)
+    return math.nan if text in (".nan", ".NaN", ".NAN") else text
+
+
+def dotted(path: Path) -> str:
+    return ".".join(map(str, path))

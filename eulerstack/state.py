@@ -1,0 +1,224 @@
+"""What a stack remembers between calls: one state a layer, and the position.
+
+A layer's state is a small dataclass of tensors, batch first. Everything one does to a state is written here once,
+over those tensors. A state handed to `chunkwise` or `recurrent` is consumed: use what comes back.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+
+
+class LayerState:
+    """Base of every layer's state: a frozen dataclass whose fields are tensors [B, ...]."""
+
+    KINDS: ClassVar[dict[str, str]] = {}  # field -> KV, retention, SSM or conv
+    positional: ClassVar[bool] = False  # True where it is indexed by position, so that it can be cropped
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of KV, retention, SSM and conv state."""
+        count: Counter[str] = Counter()
+        for name, tensor in self.tensors().items():
+            count[self.KINDS[name]] += tensor.numel() * tensor.element_size()
+        return dict(count)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: change(t) for name, t in self.tensors().items()})  # type: ignore[type-var]
+
+    def rewindable(self, tokens: int) -> bool:
+        """Whether the last `tokens` tokens can be forgotten exactly."""
+        return tokens == 0
+
+
+@dataclass(frozen=True)
+class KVState(LayerState):
+    """Keys and values [B, S, Hkv, K]: the token at position p is in slot p % S.
+
+    `window` is how many of them a query sees (None: all). A ring of S > window slots can be rolled back by S - window.
+    """
+
+    KINDS: ClassVar[dict[str, str]] = {"keys": "KV", "values": "KV"}
+    positional: ClassVar[bool] = True
+    keys: Tensor
+    values: Tensor
+    window: int | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "values": self.values}
+
+    def rewindable(self, tokens: int) -> bool:
+        return self.window is None or tokens <= self.keys.shape[1] - self.window
+
+
+@dataclass(frozen=True)
+class RetentionState(LayerState):
+    """The decayed sum of k^T v: kv [B, H, K, V], unscaled, at least float32."""
+
+    KINDS: ClassVar[dict[str, str]] = {"kv": "retention"}
+    kv: Tensor
+
+
+@dataclass(frozen=True)
+class SSMState(LayerState):
+    """ssm [B, H, P, N], at least float32; conv [B, W-1, channels], the last inputs of the short convolution."""
+
+    KINDS: ClassVar[dict[str, str]] = {"ssm": "SSM", "conv": "conv"}
+    ssm: Tensor
+    conv: Tensor
+
+
+class Stateful(Protocol):
+    """What saving and loading need of a model."""
+
+    def fingerprint(self) -> str: ...
+
+    def init_state(self, batch: int, max_tokens: int | None = None, *, rollback: int = 0) -> "StackState": ...
+
+
+@dataclass(frozen=True)
+class StackState:
+    """The states of all layers and the only owner of position.
+
+    length: [B] int64, tokens of the row's document seen so far. bound: an upper limit of `length`, known without
+    asking the device. max_tokens: what the KV caches hold; None where no state grows. rollback: the largest rollback
+    the windows were made for.
+    """
+
+    layers: tuple[LayerState, ...]
+    length: Tensor
+    bound: int = 0
+    max_tokens: int | None = None
+    rollback_limit: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.length.shape[0]
+
+    def nbytes(self) -> int:
+        """Bytes of all layers' states (the position's 8 bytes a row not counted)."""
+        return sum(self.bytes_by_kind().values())
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of KV, retention, SSM and conv state."""
+        count: Counter[str] = Counter()
+        for layer in self.layers:
+            count.update(layer.bytes_by_kind())
+        return dict(count)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "StackState":
+        """A state with `change` applied to every tensor, `length` included."""
+        return replace(self, layers=tuple(s.map(change) for s in self.layers), length=change(self.length))
+
+    def select(self, rows: Tensor | Sequence[int]) -> "StackState":
+        """An independent copy of some rows, in the order asked for; a row may be asked for many times."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.length.device)
+        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch):
+            raise ValueError(f"rows {index.tolist()} reach outside a state of {self.batch} rows")
+        return self.map(lambda t: t.index_select(0, index))
+
+    def snapshot(self) -> "StackState":
+        """An independent copy: steps taken later do not touch it."""
+        return self.map(torch.clone)
+
+    def restore(self, snapshot: "StackState") -> "StackState":
+        """The snapshot's values in this state's own memory; raises ValueError where the shapes differ."""
+        with torch.no_grad():
+            for mine, theirs in zip(self._tensors(), snapshot._tensors(), strict=True):
+                if mine.shape != theirs.shape:
+                    raise ValueError(f"cannot restore: the state holds {tuple(mine.shape)}, the snapshot {tuple(theirs.shape)}")
+                mine.copy_(theirs)
+        return replace(self, bound=snapshot.bound)
+
+    def reset(self, rows: Tensor | Sequence[int]) -> "StackState":
+        """The same state with some rows back at the start of an empty document."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.length.device)
+        state = self.map(lambda t: t.index_fill(0, index, 0))
+        return replace(state, bound=int(state.length.max()) if self.batch else 0)
+
+    def rollback(self, tokens: int | Tensor) -> "StackState":
+        """Forget the last `tokens` tokens (one number, or [B]) exactly, or raise ValueError."""
+        back = torch.as_tensor(tokens, dtype=torch.int64, device=self.length.device).expand(self.batch)
+        most = int(back.max()) if self.batch else 0
+        if bool((back < 0).any()) or bool((back > self.length).any()):
+            raise ValueError(f"cannot roll back {back.tolist()} tokens: the rows hold {self.length.tolist()}")
+        for index, layer in enumerate(self.layers):
+            if not layer.rewindable(most):
+                raise ValueError(f"cannot roll back {most} tokens: layer {index} {_why_not(layer)}")
+        length = self.length - back
+        return replace(self, length=length, bound=int(length.max()) if self.batch else 0)
+
+    def to(self, device: torch.device | str) -> "StackState":
+        return self.map(lambda t: t.to(device))
+
+    def save(self, path: str | Path, model: Stateful) -> None:
+        """Write a safetensors file that names the spec and the weights the state belongs to."""
+        header = {
+            "format": FORMAT,
+            "model": model.fingerprint(),
+            "batch": self.batch,
+            "bound": self.bound,
+            "max_tokens": self.max_tokens,
+            "rollback": self.rollback_limit,
+        }
+        save_file(self._named(), str(path), metadata={"eulerstack": json.dumps(header)})
+
+    @staticmethod
+    def load(path: str | Path, model: Stateful) -> "StackState":
+        """Read what `save` wrote; raises ValueError for another model's state or a file that is none."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = _header(path, file.metadata(), model)
+                state = model.init_state(header["batch"], header["max_tokens"], rollback=header["rollback"])
+                return state._filled({name: file.get_tensor(name) for name in file.keys()}, header["bound"])
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{path} is not a saved state: {error}") from error
+
+    def _filled(self, named: dict[str, Tensor], bound: int) -> "StackState":
+        with torch.no_grad():
+            for name, tensor in self._views().items():
+                tensor.copy_(named[name])
+        return replace(self, bound=bound)
+
+    def _views(self) -> dict[str, Tensor]:
+        named = {f"{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()}
+        return {**named, "length": self.length}
+
+    def _named(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().contiguous() for name, tensor in self._views().items()}
+
+    def _tensors(self) -> list[Tensor]:
+        return list(self._views().values())
+
+
+def _why_not(layer: LayerState) -> str:
+    if isinstance(layer, KVState):
+        return (
+            f"keeps a window of {layer.window} tokens in {layer.keys.shape[1]} slots; "
+            "make the state with init_state(..., rollback=N)"
+        )
+    kinds = " and ".join(sorted(set(layer.KINDS.values())))
+    return f"keeps {kinds} state, a running sum that cannot be cropped; take a snapshot() before and restore() it"
+
+
+def _header(path: str | Path, metadata: dict[str, str] | None, model: Stateful) -> dict[str, Any]:
+    if not metadata or "eulerstack" not in metadata:
+        raise ValueError(f"{path} is not a state saved by eulerstack")
+    header: dict[str, Any] = json.loads(metadata["eulerstack"])
+    if header["format"] != FORMAT:
+        raise ValueError(f"{path} has state format {header['format']}; this version reads {FORMAT}")
+    if header["model"] != model.fingerprint():
+        raise ValueError(f"{path} is the state of another model: the spec or the weights differ")
+    return header

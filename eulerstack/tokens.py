@@ -1,0 +1,136 @@
+"""Text to token ids and back: the 256 bytes, or a Hugging Face tokenizer.json."""
+
+import codecs
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from .spec import ByteTokenizer, HFTokenizer
+
+
+class Tokenizer(Protocol):
+    """ids in [0, vocab_size)."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def stream(self, ids: Iterator[int]) -> Iterator[str]:
+        """Pieces of text as the ids come, never half a character."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever the same text could give other ids."""
+
+    def save(self, folder: Path) -> None:
+        """Write what the tokenizer needs besides the spec."""
+
+
+class Bytes:
+    """UTF-8 bytes; what is no UTF-8 decodes to U+FFFD."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+    def stream(self, ids: Iterator[int]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            yield decoder.decode(bytes([token]))
+        yield decoder.decode(b"", final=True)
+
+    def fingerprint(self) -> str:
+        return "bytes"
+
+    def save(self, folder: Path) -> None:
+        """Nothing: the spec says it all."""
+
+
+class HuggingFace:
+    """A tokenizer.json read by the `tokenizers` library; BOS and EOS as the contract says."""
+
+    def __init__(self, contract: HFTokenizer, folder: Path | None = None) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.file = _tokenizer_file(contract.pretrained, folder)
+        self.contract = contract
+        self.backend: Any = Backend.from_file(str(self.file))
+        self.vocab_size: int = self.backend.get_vocab_size()
+        wanted = (("bos", contract.add_bos), ("eos", contract.add_eos))
+        self._special = {name: self._find(name) for name, add in wanted if add}
+
+    def encode(self, text: str) -> list[int]:
+        """The text's ids after BOS; EOS is for whole documents, see `document`."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return [self._special["bos"], *ids] if self.contract.add_bos else ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self.backend.decode(ids, skip_special_tokens=True)
+        return text
+
+    def stream(self, ids: Iterator[int]) -> Iterator[str]:
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in ids:
+            yield decoder.step(self.backend, token) or ""
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.file.read_bytes())
+        digest.update(repr(self._special).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        self.backend.save(str(folder / "tokenizer.json"))
+
+    def _find(self, name: str) -> int:
+        names = {"bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]"), "eos": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]")}
+        for token in (*names[name], "<|endoftext|>"):
+            found: int | None = self.backend.token_to_id(token)
+            if found is not None:
+                return found
+        raise ValueError(
+            f"tokenizer_contract.add_{name} is true, but {self.file} has none of {', '.join(names[name])}; set it to false"
+        )
+
+
+def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a whole document, with EOS where the contract asks for it."""
+    ids = tokenizer.encode(text)
+    if isinstance(tokenizer, HuggingFace) and tokenizer.contract.add_eos:
+        ids.append(tokenizer._special["eos"])
+    return ids
+
+
+def tokenizer_of(contract: ByteTokenizer | HFTokenizer, folder: Path | None = None) -> Tokenizer:
+    """The tokenizer of a stack; a checkpoint's own tokenizer.json in `folder` comes first. Raises ValueError."""
+    return Bytes() if isinstance(contract, ByteTokenizer) else HuggingFace(contract, folder)
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError where the tokenizer has ids that the model has no row for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {vocab_size} is less than the tokenizer's {tokenizer.vocab_size}; "
+            f"write vocab_size: {tokenizer.vocab_size}"
+        )
+
+
+def _tokenizer_file(pretrained: str, folder: Path | None) -> Path:
+    given = Path(pretrained)
+    places = [given, given / "tokenizer.json"]
+    if folder is not None:
+        places.insert(0, folder / "tokenizer.json")
+    for place in places:
+        if place.is_file():
+            return place
+    raise ValueError(
+        f"tokenizer_contract.pretrained = {pretrained!r} is no tokenizer.json and no folder with one; "
+        "download the tokenizer and give its path (nothing is downloaded for you)"
+    )
