@@ -1,0 +1,47 @@
+"""What the tests share: small stacks, drawn states, and comparisons relative to the largest value."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import eulerstack as es
+
+FP64, FP32 = 1e-12, 1e-5
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Largest difference over largest value, with no NaN on either side."""
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    assert torch.isfinite(got).all()
+    assert torch.isfinite(wanted).all()
+    scale = wanted.abs().max().clamp(min=1e-30) if wanted.numel() else 1.0
+    error = ((got - wanted).abs().max() / scale).item() if wanted.numel() else 0.0
+    assert error <= tolerance, f"relative error {error:.2e} is above {tolerance:.0e}"
+
+
+def rms_ratio(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).square().mean() / wanted.double().square().mean()).sqrt().item()
+
+
+@pytest.fixture
+def build_mini() -> Callable[..., es.Stack]:
+    """A tri-mixer stack of a few thousand parameters, its weights scaled up so that the mixers matter."""
+
+    def build(dtype: torch.dtype = torch.float64, scale: float = 2.0, **options: Any) -> es.Stack:
+        torch.manual_seed(0)
+        builder = es.StackBuilder(d_model=32, n_heads=4, n_kv_heads=2, vocab_size=256, max_seq_len=256, mlp_ratio=1.0)
+        builder.add("mamba", {"d_state": 8, "head_dim": 8, "chunk_size": 16})
+        builder.add("retnet", {"chunk_size": 16})
+        builder.add("attention")
+        builder.add("attention", {"window": 7})
+        model = builder.build(dtype=dtype, **options)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("proj.weight"):
+                    weight.mul_(scale)
+        return model
+
+    return build
