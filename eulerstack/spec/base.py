@@ -4,4 +4,4 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)

@@ -55,7 +55,7 @@ def _tokens(spec: "StackSpec") -> Iterator[Problem]:
     tie, head = spec.embedding.tie_word_embeddings, spec.head.tie_weights
     if head is not None and head != tie:
         fix = "give both the same value, or leave head.tie_weights out"
-        yield _problem("head.tie_weights", f"{head} contradicts embedding.tie_word_embeddings = {tie}", fix)
+        yield _problem("head.tie_weights", f"{head} contradicts embedding.tie_word_embeddings = {tie}".lower(), fix)
     if "rope_theta" in spec.embedding.model_fields_set and not _turns(spec):
         fix = "remove rope_theta, or set embedding.positional: rope"
         yield _problem("embedding.rope_theta", "no layer uses rotary positions, so it would do nothing", fix)

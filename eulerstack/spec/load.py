@@ -123,15 +123,16 @@ def _place(path: Path, document: Document) -> tuple[int | None, int | None]:
 
 def _written(location: tuple[Any, ...], document: Document) -> Path:
     """The path as the file has it: Pydantic puts a union's tag between its keys."""
-    value, path = document.data, []
+    value, path, tagged = document.data, [], False
     for step in location:
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, tuple) and isinstance(step, int) and step < len(value):
-            value = value[step]
-        elif step != location[-1]:
+        tagged = not tagged and isinstance(value, dict) and value.get("type") == step
+        if tagged:
             continue
         path.append(step)
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, tuple | list) and isinstance(step, int) and step < len(value):
+            value = value[step]
     return tuple(path)
 
 
@@ -183,6 +184,8 @@ _WANTED = {
 
 def _show(value: Any) -> str:
     text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    if isinstance(value, tuple):
+        text = repr(list(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

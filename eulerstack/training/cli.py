@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # `eulerstack explain` draws it
 }
 RESUME_EVERY = 100
 
@@ -41,13 +42,14 @@ class StackCLI(LightningCLI):
         resume = ModelCheckpoint(
             root / "resume", "last", every_n_train_steps=RESUME_EVERY, save_on_exception=True, enable_version_counter=False
         )
-        self.trainer_defaults = {**self.trainer_defaults, "callbacks": [resume, Export()]}
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": [TQDMProgressBar(5), resume, Export()]}
         return super().instantiate_trainer(**kwargs)
 
 
 def run(verb: str, arguments: list[str], seed: int) -> None:
     """One verb of the command line; raises ValueError for what cannot be trained or measured."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     cli = StackCLI(
         StackModule,

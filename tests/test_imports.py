@@ -1,0 +1,65 @@
+"""Imports run one way."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "eulerstack"
+
+MAY_IMPORT = {
+    "spec": set(),
+    "segments": set(),
+    "state": set(),
+    "tokens": {"spec"},
+    "kernels": {"segments"},
+    "layers": {"kernels", "segments", "spec"},
+    "mixers": {"kernels", "layers", "segments", "spec", "state"},
+    "block": {"layers", "mixers", "segments", "spec", "state"},
+    "model": {"block", "layers", "segments", "spec", "state"},
+    "builder": {"model", "spec"},
+    "costs": {"model", "spec", "state"},
+    "checkpoint": {"model", "spec", "tokens"},
+    "inference": {"model", "segments", "state"},
+    "training": {"checkpoint", "model", "segments", "spec", "tokens"},
+    "cli": {"checkpoint", "costs", "inference", "spec", "tokens", "training"},
+}
+FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}, "pydantic": {"spec"}}
+TORCH_FREE = {"spec"}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> set[tuple[int, str]]:
+    """(level, dotted name) of every import statement, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {(node.level, name) for name in names}
+    return found
+
+
+def files() -> list[Path]:
+    return [f for f in sorted(PACKAGE.rglob("*.py")) if f.parent != PACKAGE or f.stem not in ("__init__", "__main__")]
+
+
+def test_rooms_import_only_what_lies_below_them() -> None:
+    for file in files():
+        depth = len(file.relative_to(PACKAGE).parts)
+        for level, name in imports(file):
+            if level == depth:
+                target = name.partition(".")[0]
+                assert target == room(file) or target in MAY_IMPORT[room(file)], f"{file}: {name}"
+
+
+def test_foreign_libraries_have_one_room() -> None:
+    for file in files():
+        for level, name in imports(file):
+            library = name.partition(".")[0]
+            if level == 0 and library in FOREIGN:
+                assert room(file) in FOREIGN[library], f"{file}: {name}"
+            if level == 0 and library in ("torch", "numpy"):
+                assert room(file) not in TORCH_FREE, f"{file}: {name}"

@@ -1,0 +1,127 @@
+"""StackState: fork, snapshot, rollback, save."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import eulerstack as es
+
+from .conftest import close
+
+Build = Callable[..., es.Stack]
+
+
+def test_select_forks_and_reorders_rows(build_mini: Build) -> None:
+    model, tokens = build_mini(), torch.randint(0, 256, (3, 12))
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens, model.init_state(3, 40))
+        fork = state.select([2, 0, 2])
+        more = torch.randint(0, 256, (3, 1))
+        got, _ = model.recurrent(more, fork)
+        wanted = model.parallel(torch.cat([tokens[[2, 0, 2]], more], 1))[:, -1:]
+        close(got, wanted, 1e-12)
+        untouched, _ = model.recurrent(more, state)  # the fork's step left its origin alone
+        close(untouched, model.parallel(torch.cat([tokens, more], 1))[:, -1:], 1e-12)
+    with pytest.raises(ValueError, match="reach outside"):
+        state.select([3])
+
+
+def test_snapshot_is_untouched_by_later_steps(build_mini: Build) -> None:
+    model, tokens = build_mini(), torch.randint(0, 256, (2, 20))
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens[:, :10], model.init_state(2, 40))
+        kept = state.snapshot()
+        first, state = model.chunkwise(tokens[:, 10:], state)
+        state = state.restore(kept)
+        assert state.length.tolist() == [10, 10]
+        second, _ = model.chunkwise(tokens[:, 10:], state)
+    assert torch.equal(first, second)
+    with pytest.raises(ValueError, match="cannot restore"):
+        state.restore(model.init_state(1, 40))
+
+
+def test_reset_starts_rows_over(build_mini: Build) -> None:
+    model, tokens = build_mini(), torch.randint(0, 256, (2, 10))
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens, model.init_state(2, 40))
+        state = state.reset([1])
+        assert state.length.tolist() == [10, 0]
+        got, _ = model.chunkwise(tokens, state)
+        close(got[1:], model.parallel(tokens[1:]), 1e-12)
+        close(got[:1], model.parallel(torch.cat([tokens, tokens], 1)[:1])[:, 10:], 1e-12)
+
+
+def positional(window: int | None = None) -> es.Stack:
+    torch.manual_seed(0)
+    b = es.StackBuilder(d_model=32, n_heads=4, max_seq_len=128).add("attention")
+    return b.add("attention", {"window": window}).build(dtype=torch.float64)
+
+
+@pytest.mark.parametrize("back", [0, 3, torch.tensor([1, 4])])
+@pytest.mark.parametrize("window", [None, 6])
+def test_rollback_of_positional_state_is_exact(window: int | None, back: int | torch.Tensor) -> None:
+    model, tokens = positional(window), torch.randint(0, 256, (2, 30))
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens[:, :20], model.init_state(2, 60, rollback=4))
+        _, state = model.chunkwise(tokens[:, 20:], state)
+        state = state.rollback(back)
+        lengths = state.length.tolist()
+        more = torch.randint(0, 256, (2, 3))
+        got, _ = model.chunkwise(more, state)
+        for row, length in enumerate(lengths):
+            whole = torch.cat([tokens[row : row + 1, :length], more[row : row + 1]], 1)
+            close(got[row : row + 1], model.parallel(whole)[:, -3:], 1e-12)
+
+
+def test_rollback_refuses_what_it_cannot_undo(build_mini: Build) -> None:
+    model = build_mini()
+    with torch.no_grad():
+        _, state = model.chunkwise(torch.zeros(1, 9, dtype=torch.int64), model.init_state(1, 20))
+    with pytest.raises(ValueError, match=r"layer 0 keeps SSM and conv state"):
+        state.rollback(1)
+    with pytest.raises(ValueError, match="the rows hold"):
+        state.rollback(10)
+    narrow = positional(6)
+    with torch.no_grad():
+        _, state = narrow.chunkwise(torch.zeros(1, 20, dtype=torch.int64), narrow.init_state(1, 60, rollback=2))
+    with pytest.raises(ValueError, match=r"init_state\(..., rollback=N\)"):
+        state.rollback(3)
+    assert state.rollback(2).length.tolist() == [18]
+
+
+def test_saved_states_come_back_to_the_bit_and_to_their_own_model(build_mini: Build, tmp_path: Path) -> None:
+    model, tokens, file = build_mini(), torch.randint(0, 256, (2, 20)), tmp_path / "state.safetensors"
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens, model.init_state(2, 40))
+        state.save(file, model)
+        loaded = es.StackState.load(file, model)
+        assert loaded.length.tolist() == [20, 20]
+        more = torch.randint(0, 256, (2, 5))
+        one, two = model.chunkwise(more, state)[0], model.chunkwise(more, loaded)[0]
+    assert torch.equal(one, two)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(ValueError, match="another model"):
+        es.StackState.load(file, model)
+    file.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="not a saved state"):
+        es.StackState.load(file, model)
+
+
+def test_bytes_are_counted_by_kind(build_mini: Build) -> None:
+    state = build_mini(torch.float32).init_state(2, 50)
+    kinds = state.bytes_by_kind()
+    assert set(kinds) == {"KV", "retention", "SSM", "conv"}
+    assert kinds["KV"] == 2 * 2 * (50 + 7) * 2 * 8 * 4  # keys and values, rows, slots, kv heads, channels, bytes
+    assert kinds["retention"] == 2 * 4 * 8 * 16 * 4
+    assert state.nbytes() == sum(kinds.values())
+
+
+def test_gradients_flow_through_a_state(build_mini: Build) -> None:
+    model, tokens = build_mini(), torch.randint(0, 256, (1, 20))
+    whole = torch.autograd.grad(model.parallel(tokens)[:, 10:].sum(), model.embedding.weight)[0]
+    _, state = model.chunkwise(tokens[:, :10], model.init_state(1, 20))
+    logits, _ = model.chunkwise(tokens[:, 10:], state)
+    close(torch.autograd.grad(logits.sum(), model.embedding.weight)[0], whole, 1e-12)
