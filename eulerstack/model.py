@@ -86,7 +86,7 @@ class Stack(nn.Module):
                 )
         layers = tuple(b.mixer.init_state(batch, max_tokens, rollback=rollback) for b in self.blocks)
         length = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
-        return StackState(layers, length, 0, max_tokens if self.grows else None, rollback)
+        return StackState(layers, length, 0, max_tokens, rollback)
 
     def losses(
         self, tokens: Tensor, targets: Tensor, segments: Segments | None = None
@@ -153,7 +153,7 @@ class Stack(nn.Module):
     def _room(self, state: StackState, segments: Segments, tokens: int) -> int:
         """The bound after `tokens` more, looked up exactly where padding might make the difference."""
         bound = state.bound + tokens
-        if state.max_tokens is None or bound <= state.max_tokens:
+        if not state.bounded or bound <= state.max_tokens:
             return bound
         longest = segments.position.amax(1).add(1) if segments.position is not None else state.length
         exact = int(torch.maximum(longest, state.length).max()) if state.batch else 0

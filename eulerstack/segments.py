@@ -124,7 +124,8 @@ class Segments:
 
     def slice(self, start: int, stop: int) -> "Segments":
         """The part [start, stop) of placed segments, as a call of its own that continues the part before it."""
-        assert self.position is not None and self.start is not None
+        assert self.position is not None
+        assert self.start is not None
         if start == 0 and stop >= self.position.shape[1]:
             return self
         position = self.position[:, start:stop]
@@ -154,8 +155,12 @@ class Segments:
                 raise ValueError(f"segments.{name} has shape {tuple(value.shape)}; these tokens need {shape}")
             if name != "document" and value.dtype != torch.bool:
                 raise ValueError(f"segments.{name} is {value.dtype}; make it torch.bool")
-        if self.real is not None and bool((self.real.long().diff(dim=1).abs().sum(1) + self.real[:, 0] + self.real[:, -1] > 2).any()):
-            raise ValueError("segments.real has a hole: the real tokens of a row must be contiguous (pad left or right)")
+        if self.real is not None and bool(
+            (self.real.long().diff(dim=1).abs().sum(1) + self.real[:, 0] + self.real[:, -1] > 2).any()
+        ):
+            raise ValueError(
+                "segments.real has a hole: the real tokens of a row must be contiguous (pad left or right)"
+            )
 
 
 def pack_mask(lengths: Tensor, tokens: int, left: bool = False) -> Tensor:

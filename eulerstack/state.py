@@ -23,7 +23,6 @@ class LayerState:
     """Base of every layer's state: a frozen dataclass whose fields are tensors [B, ...]."""
 
     KINDS: ClassVar[dict[str, str]] = {}  # field -> KV, retention, SSM or conv
-    positional: ClassVar[bool] = False  # True where it is indexed by position, so that it can be cropped
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
@@ -38,6 +37,11 @@ class LayerState:
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, **{name: change(t) for name, t in self.tensors().items()})  # type: ignore[type-var]
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is room for max_tokens tokens and no more."""
+        return False
+
     def rewindable(self, tokens: int) -> bool:
         """Whether the last `tokens` tokens can be forgotten exactly."""
         return tokens == 0
@@ -47,17 +51,21 @@ class LayerState:
 class KVState(LayerState):
     """Keys and values [B, S, Hkv, K]: the token at position p is in slot p % S.
 
-    `window` is how many of them a query sees (None: all). A ring of S > window slots can be rolled back by S - window.
+    `window` is how many of them a query sees (None: all that S slots hold). A ring of S > window slots can be rolled
+    back by S - window.
     """
 
     KINDS: ClassVar[dict[str, str]] = {"keys": "KV", "values": "KV"}
-    positional: ClassVar[bool] = True
     keys: Tensor
     values: Tensor
     window: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"keys": self.keys, "values": self.values}
+
+    @property
+    def bounded(self) -> bool:
+        return self.window is None
 
     def rewindable(self, tokens: int) -> bool:
         return self.window is None or tokens <= self.keys.shape[1] - self.window
@@ -93,15 +101,20 @@ class StackState:
     """The states of all layers and the only owner of position.
 
     length: [B] int64, tokens of the row's document seen so far. bound: an upper limit of `length`, known without
-    asking the device. max_tokens: what the KV caches hold; None where no state grows. rollback: the largest rollback
-    the windows were made for.
+    asking the device. max_tokens: what it was made for, a limit where some layer is bounded. rollback_limit: the
+    largest rollback that windowed caches were made for.
     """
 
     layers: tuple[LayerState, ...]
     length: Tensor
-    bound: int = 0
-    max_tokens: int | None = None
+    bound: int
+    max_tokens: int
     rollback_limit: int = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether max_tokens is a limit: some layer keeps every token."""
+        return any(layer.bounded for layer in self.layers)
 
     @property
     def batch(self) -> int:
@@ -125,7 +138,7 @@ class StackState:
     def select(self, rows: Tensor | Sequence[int]) -> "StackState":
         """An independent copy of some rows, in the order asked for; a row may be asked for many times."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.length.device)
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch):
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.batch):
             raise ValueError(f"rows {index.tolist()} reach outside a state of {self.batch} rows")
         return self.map(lambda t: t.index_select(0, index))
 
@@ -138,7 +151,9 @@ class StackState:
         with torch.no_grad():
             for mine, theirs in zip(self._tensors(), snapshot._tensors(), strict=True):
                 if mine.shape != theirs.shape:
-                    raise ValueError(f"cannot restore: the state holds {tuple(mine.shape)}, the snapshot {tuple(theirs.shape)}")
+                    raise ValueError(
+                        f"cannot restore: the state holds {tuple(mine.shape)}, the snapshot {tuple(theirs.shape)}"
+                    )
                 mine.copy_(theirs)
         return replace(self, bound=snapshot.bound)
 
@@ -182,7 +197,8 @@ class StackState:
             with safe_open(str(path), framework="pt") as file:
                 header = _header(path, file.metadata(), model)
                 state = model.init_state(header["batch"], header["max_tokens"], rollback=header["rollback"])
-                return state._filled({name: file.get_tensor(name) for name in file.keys()}, header["bound"])
+                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                return state._filled(named, header["bound"])
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"{path} is not a saved state: {error}") from error
 

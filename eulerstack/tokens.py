@@ -56,7 +56,7 @@ class HuggingFace:
     """A tokenizer.json read by the `tokenizers` library; BOS and EOS as the contract says."""
 
     def __init__(self, contract: HFTokenizer, folder: Path | None = None) -> None:
-        from tokenizers import Tokenizer as Backend
+        from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - most stacks speak bytes
 
         self.file = _tokenizer_file(contract.pretrained, folder)
         self.contract = contract
@@ -75,7 +75,7 @@ class HuggingFace:
         return text
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream
+        from tokenizers.decoders import DecodeStream  # noqa: PLC0415
 
         decoder = DecodeStream(skip_special_tokens=True)
         for token in ids:
@@ -90,13 +90,16 @@ class HuggingFace:
         self.backend.save(str(folder / "tokenizer.json"))
 
     def _find(self, name: str) -> int:
-        names = {"bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]"), "eos": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]")}
+        names = {
+            "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]"),
+            "eos": ("</s>", "<|end_of_text|>", "<eos>", "[EOS]"),
+        }
         for token in (*names[name], "<|endoftext|>"):
             found: int | None = self.backend.token_to_id(token)
             if found is not None:
                 return found
         raise ValueError(
-            f"tokenizer_contract.add_{name} is true, but {self.file} has none of {', '.join(names[name])}; set it to false"
+            f"tokenizer_contract.add_{name} is true, but {self.file} has none of {', '.join(names[name])}; set it false"
         )
 
 

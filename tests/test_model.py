@@ -14,7 +14,9 @@ from .conftest import close
 Build = Callable[..., es.Stack]
 
 
-def in_pieces(model: es.Stack, tokens: torch.Tensor, pieces: list[int], state: es.StackState, recurrent: bool = False) -> tuple[torch.Tensor, es.StackState]:
+def in_pieces(
+    model: es.Stack, tokens: torch.Tensor, pieces: list[int], state: es.StackState, recurrent: bool = False
+) -> tuple[torch.Tensor, es.StackState]:
     outs = []
     for part in tokens.split(pieces, 1):
         logits, state = model.recurrent(part, state) if recurrent else model.chunkwise(part, state)
@@ -86,6 +88,17 @@ def test_recurrent_stacks_have_no_longest_sequence() -> None:
         close(logits, model(tokens), 1e-5)
 
 
+def test_a_short_state_of_a_windowed_stack_is_bounded_and_right() -> None:
+    model = es.StackBuilder(d_model=32, n_heads=2).add("attention", {"window": 8}).build(dtype=torch.float64)
+    tokens = torch.randint(0, 256, (1, 12))
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens[:, :4], model.init_state(1, 5))
+        with pytest.raises(ValueError, match="room for 5 tokens"):
+            model.chunkwise(tokens[:, 4:], state)
+        logits, _ = in_pieces(model, tokens, [4, 8], model.init_state(1, 8))
+        close(logits, model.parallel(tokens), 1e-12)
+
+
 def test_a_template_that_keeps_no_state_has_no_incremental_form() -> None:
     model = es.StackBuilder(d_model=32, n_heads=2).add("attention", state={"kv_cache": False}).build()
     assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 256)
@@ -97,7 +110,11 @@ NORMS: list[dict[str, Any]] = [
     {"norm": {"type": t, "position": p}, "residual": {"type": r, "scaling": s}, "ffn": f}
     for t, p in (("rmsnorm", "pre"), ("layernorm", "post"), ("layernorm", "pre"), ("rmsnorm", "post"))
     for r, s in (("sequential", 1.0), ("parallel", 0.5))
-    for f in ({"type": "none"}, {"type": "mlp", "activation": "relu2", "bias": True}, {"type": "gated_mlp", "activation": "geglu"})
+    for f in (
+        {"type": "none"},
+        {"type": "mlp", "activation": "relu2", "bias": True},
+        {"type": "gated_mlp", "activation": "geglu"},
+    )
 ]
 
 
@@ -123,7 +140,9 @@ def test_scaling_and_order_of_the_residual_act() -> None:
 
 def test_builder_writes_what_loads_equal() -> None:
     b = es.StackBuilder(d_model=64, n_heads=4, n_kv_heads=1, vocab_size=300, max_seq_len=128, name="x")
-    b.add("mamba", {"d_state": 16}, repeat=2).add("retnet", ffn={"type": "none"}).add("retnet").add("mamba", {"d_state": 16})
+    b.add("mamba", {"d_state": 16}, repeat=2).add("retnet", ffn={"type": "none"}).add("retnet").add(
+        "mamba", {"d_state": 16}
+    )
     spec = b.spec()
     assert es.loads(es.dump(spec)) == spec
     assert [layer.template for layer in es.expand(spec)] == ["mamba", "mamba", "retnet", "retnet_2", "mamba"]

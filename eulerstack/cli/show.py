@@ -47,7 +47,9 @@ def _tree(spec: StackSpec, cost: Estimate) -> Tree:
     tree = Tree(f"[bold]{model.name}[/]{about}: {cost.parameters:,} parameters{aim}, {model.dtype}")
     tied = ", tied with the head" if spec.tied else ""
     tree.add(f"embedding {model.vocab_size:,} x {model.d_model}{tied}; positions: {spec.embedding.positional}")
-    layers = tree.add(f"{len(cost.layers)} layers, d_model {model.d_model}, {model.n_heads} heads of {model.kv_heads} kv")
+    layers = tree.add(
+        f"{len(cost.layers)} layers, d_model {model.d_model}, {model.n_heads} heads of {model.kv_heads} kv"
+    )
     for _, group in groupby(cost.layers, key=lambda c: c.layer.template):
         _add_group(layers, spec, list(group))
     tree.add(f"{cost.layers[-1].layer.norm.type}, head {model.d_model} x {model.vocab_size:,}")

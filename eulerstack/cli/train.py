@@ -34,6 +34,7 @@ All keys:
 
 
 def run(verb: str, arguments: list[str]) -> None:
+    """Check the stack that the words name, then hand all of them to Lightning's command line."""
     arguments = [_alias(argument) for argument in arguments]
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP[verb], flush=True)

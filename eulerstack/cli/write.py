@@ -26,9 +26,7 @@ def write(
     model = load_checkpoint(checkpoint, _device(device))
     tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
     rows = [tokenizer.encode(prompt) for prompt in prompts]
-    steps = generate(
-        model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    steps = generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if len(rows) == 1:
         _stream(prompts[0], (step[0] for step in steps if step[0] is not None), tokenizer)
     else:

@@ -1,6 +1,7 @@
 """Token ids in, token ids out as they come: prefill by `chunkwise`, then one `recurrent` step a token."""
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,17 +71,16 @@ def _steps(
     alive = [True] * len(rows)
     with torch.inference_mode():
         logits, state = prefill(model, rows, count)
-    for step in range(count):
-        with torch.inference_mode():
-            if step:
-                out, state = model.recurrent(ids[:, None], state)  # noqa: F821 - bound by the step before
-                logits = out[:, -1]
-            ids = sample(logits)
+        ids = sample(logits)
+    for left in reversed(range(count)):
         chosen = ids.tolist()
         yield [token if live else None for token, live in zip(chosen, alive, strict=True)]
         alive = [live and token not in stop for token, live in zip(chosen, alive, strict=True)]
-        if not any(alive):
+        if not left or not any(alive):
             return
+        with torch.inference_mode():
+            out, state = model.recurrent(ids[:, None], state)
+            ids = sample(out[:, -1])
 
 
 def prefill(model: Stack, rows: list[list[int]], room: int = 0) -> tuple[Tensor, StackState]:
@@ -106,7 +106,7 @@ def prefill(model: Stack, rows: list[list[int]], room: int = 0) -> tuple[Tensor,
 
 
 def _rows(prompts: Sequence[Sequence[int]] | Sequence[int] | Tensor) -> list[list[int]]:
-    data = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    data: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
     if data and all(isinstance(item, int) for item in data):
         data = [data]
     return [[int(token) for token in row] for row in data]
@@ -132,5 +132,5 @@ def _check(
     longest, limit = max(map(len, rows)), model.spec.model.max_seq_len
     if model.grows and longest + count > limit:
         raise ValueError(
-            f"a prompt of {longest} tokens and {count} new ones are more than model.max_seq_len = {limit}; ask for fewer"
+            f"a prompt of {longest} tokens and {count} new ones exceed model.max_seq_len = {limit}; ask for fewer"
         )

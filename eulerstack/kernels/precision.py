@@ -16,10 +16,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def widen(x: Tensor) -> Tensor:
-    return x.to(wide(x.dtype))
-
-
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run a kernel in the dtypes it chose itself, also inside an autocast region."""
 

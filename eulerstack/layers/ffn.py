@@ -55,6 +55,7 @@ def make_ffn(spec: FFNSpec, width: int, hidden: int) -> nn.Module | None:
 
 
 def init_ffn(ffn: nn.Module, out_scale: float) -> None:
+    """Draw the weights anew; the projection into the residual stream is scaled by `out_scale`."""
     for name, layer in ffn.named_children():
         init_linear(layer, out_scale if name == "down_proj" else 1.0)
 

@@ -47,11 +47,13 @@ Norm = RMSNorm | LayerNorm
 
 
 def make_norm(spec: NormSpec, width: int) -> Norm:
+    """The norm a spec names."""
     return RMSNorm(width) if spec.type == "rmsnorm" else LayerNorm(width)
 
 
 @without_autocast
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / rms(x) * weight over the last axis, in x's dtype."""
     dtype = wide(x.dtype)
     y: Tensor = _RMSNorm.apply(x.to(dtype), weight.to(dtype))
     return y.to(x.dtype)
@@ -59,6 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 @without_autocast
 def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """PyTorch's, over the last axis, in x's dtype."""
     dtype = wide(x.dtype)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)

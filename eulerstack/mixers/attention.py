@@ -139,12 +139,12 @@ class Attention(Mixer[KVState]):
         rollback: int = 0,
     ) -> KVState:
         weight = self.q_proj.weight
-        slots = max_tokens if self.window is None else min(max_tokens, self.window + rollback)
+        ring = None if self.window is None else self.window + rollback
+        slots = max_tokens if ring is None else min(max_tokens, ring)
         shape = (batch, slots, self.kv_heads, self.key_dim)
-        make = {"device": device or weight.device, "dtype": dtype or weight.dtype}
-        # a ring that holds every token never wraps, so it is a plain cache
-        window = None if slots == max_tokens else self.window
-        return KVState(torch.zeros(shape, **make), torch.zeros(shape, **make), window)  # type: ignore[arg-type]
+        empty = torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype)
+        window = self.window if slots == ring else None  # a cache too short for the window holds every token
+        return KVState(empty, empty.clone(), window)
 
     def flops(self, tokens: int) -> int:
         """Scores and sums over the keys that each query sees."""

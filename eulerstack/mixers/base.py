@@ -114,5 +114,6 @@ def continued(segments: Segments | None) -> Segments:
 
 
 def check_one_token(x: Tensor) -> None:
+    """Raises ValueError unless x is [B, 1, D]."""
     if x.shape[1] != 1:
         raise ValueError(f"recurrent takes one token, got x of {x.shape[1]}; use chunkwise for more")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.select import select
 from ..kernels.precision import wide
+from ..kernels.select import select
 from ..layers.ffn import init_linear
 from ..layers.norm import RMSNorm
 from ..segments import Segments
@@ -34,6 +34,14 @@ class ShortConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
 
+class Scan(FullPrecision):
+    """The state space's own parameters, [H] each: A = -exp(A_log), the skip D, and the bias of dt."""
+
+    A_log: nn.Parameter
+    D: nn.Parameter
+    dt_bias: nn.Parameter
+
+
 class Mamba2(Mixer[SSMState]):
     """z, x, B, C and dt are projected by weights stored apart, so that heads can be split across devices."""
 
@@ -52,7 +60,7 @@ class Mamba2(Mixer[SSMState]):
         self.x_conv = ShortConv(inner, spec.d_conv)
         self.B_conv = ShortConv(shared, spec.d_conv)
         self.C_conv = ShortConv(shared, spec.d_conv)
-        self.scan = FullPrecision(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
+        self.scan = Scan(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
         self.norm = RMSNorm(inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
 

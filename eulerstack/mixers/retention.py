@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.select import select
 from ..kernels.precision import wide
+from ..kernels.select import select
 from ..layers.ffn import init_linear
 from ..layers.norm import layer_norm
 from ..layers.rope import phases, rotate

@@ -23,6 +23,7 @@ def refuse(problems: list[Problem]) -> None:
 
 
 def cross_check(spec: "StackSpec") -> list[Problem]:
+    """Every broken rule of a spec whose fields are right one by one."""
     return [*_widths(spec), *_tokens(spec), *_schedule(spec), *_templates(spec)]
 
 
@@ -72,7 +73,9 @@ def _schedule(spec: "StackSpec") -> Iterator[Problem]:
     for i, entry in enumerate(spec.layer_schedule):
         if entry.template not in spec.layer_templates:
             key = f"layer_schedule.{i}.template"
-            yield _problem(key, f"{entry.template!r} is not one of layer_templates", f"use one of {known}, or define it")
+            yield _problem(
+                key, f"{entry.template!r} is not one of layer_templates", f"use one of {known}, or define it"
+            )
     layers = sum(entry.repeat for entry in spec.layer_schedule)
     if layers > MAX_LAYERS:
         yield _problem("layer_schedule", f"{layers} layers are more than {MAX_LAYERS}", "lower the repeats")

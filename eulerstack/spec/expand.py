@@ -24,6 +24,7 @@ class LayerSpec:
 
 
 def expand(spec: StackSpec) -> tuple[LayerSpec, ...]:
+    """The schedule's layers, first to last."""
     names = [entry.template for entry in spec.layer_schedule for _ in range(entry.repeat)]
     return tuple(_layer(spec, index, name) for index, name in enumerate(names))
 

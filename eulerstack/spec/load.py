@@ -91,7 +91,11 @@ def _read(path: FilePath) -> tuple[str, str]:
         return path.read_text(encoding="utf-8"), str(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.stem, presets(), 1)
-        fix = f"did you mean the preset {near[0]!r}?" if near else "give a YAML file or a preset's name (`eulerstack presets list`)"
+        fix = (
+            f"did you mean the preset {near[0]!r}?"
+            if near
+            else "give a YAML file or a preset's name (`eulerstack presets list`)"
+        )
         problem = Problem("", "there is no such file", fix, "File")
     except (OSError, UnicodeDecodeError) as error:
         problem = Problem("", f"cannot be read: {error}", "give a UTF-8 YAML file", "File")

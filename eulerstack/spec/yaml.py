@@ -40,7 +40,9 @@ class Document:
 def parse(text: str, source: str) -> Document:
     """Raises SpecError for text that is no YAML, or is made to exhaust the reader."""
     if len(text) > MAX_BYTES:
-        raise SpecError([Problem("", f"the file has more than {MAX_BYTES:,} characters", "split it up", "YAML")], source)
+        raise SpecError(
+            [Problem("", f"the file has more than {MAX_BYTES:,} characters", "split it up", "YAML")], source
+        )
     try:
         reader = _Reader(yaml.parse(text, Loader=_Loader))
         return reader.document()
@@ -48,14 +50,18 @@ def parse(text: str, source: str) -> Document:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
         what = " ".join(filter(None, (error.context, error.problem)))
-        raise SpecError([Problem("", f"not YAML: {what}", "correct the syntax here", "YAML", line, column)], source) from None
+        raise SpecError(
+            [Problem("", f"not YAML: {what}", "correct the syntax here", "YAML", line, column)], source
+        ) from None
     except yaml.reader.ReaderError as error:
-        raise SpecError([Problem("", f"not YAML text: {error.reason}", "save the file as UTF-8", "YAML")], source) from None
-    except _Refused as error:
+        raise SpecError(
+            [Problem("", f"not YAML text: {error.reason}", "save the file as UTF-8", "YAML")], source
+        ) from None
+    except _RefusedError as error:
         raise SpecError([error.problem], source) from None
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, message: str, fix: str, event: Any) -> None:
         mark = event.start_mark
         self.problem = Problem("", message, fix, "YAML", mark.line + 1, mark.column + 1)
@@ -74,7 +80,7 @@ class _Reader:
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if self.out.data is not None:
-                    raise _Refused("the file holds more than one YAML document", "keep one", event)
+                    raise _RefusedError("the file holds more than one YAML document", "keep one", event)
                 self.out.data = self.node(next(self.events), ())
         return self.out
 
@@ -83,10 +89,10 @@ class _Reader:
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         if event.tag not in (None, "!"):
-            raise _Refused(f"the tag {event.tag} is not supported", "write plain values without tags", event)
+            raise _RefusedError(f"the tag {event.tag} is not supported", "write plain values without tags", event)
         before = self.nodes
         if len(path) > MAX_DEPTH:
-            raise _Refused(f"nested deeper than {MAX_DEPTH} levels", "flatten it", event)
+            raise _RefusedError(f"nested deeper than {MAX_DEPTH} levels", "flatten it", event)
         if isinstance(event, yaml.ScalarEvent):
             value = _scalar(event)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -122,12 +128,12 @@ class _Reader:
 
     def key(self, event: Any, out: dict[str, Any]) -> str:
         if not isinstance(event, yaml.ScalarEvent):
-            raise _Refused("a key must be a plain word", "write `key: value`", event)
+            raise _RefusedError("a key must be a plain word", "write `key: value`", event)
         value = _scalar(event)
         if value == "<<":
-            raise _Refused("merge keys (<<) are not supported", "write the keys out", event)
+            raise _RefusedError("merge keys (<<) are not supported", "write the keys out", event)
         if not isinstance(value, str):
-            raise _Refused(f"the key {event.value!r} is no word", f'quote it: "{event.value}"', event)
+            raise _RefusedError(f"the key {event.value!r} is no word", f'quote it: "{event.value}"', event)
         return value
 
     def duplicate(self, path: Path, event: Any) -> None:
@@ -137,7 +143,7 @@ class _Reader:
 
     def alias(self, event: Any) -> Any:
         if event.anchor not in self.anchors:
-            raise _Refused(f"the alias *{event.anchor} has no anchor before it", "define it first", event)
+            raise _RefusedError(f"the alias *{event.anchor} has no anchor before it", "define it first", event)
         value, size = self.anchors[event.anchor]
         self.count(size, event)
         return value
@@ -145,7 +151,7 @@ class _Reader:
     def count(self, more: int, event: Any) -> None:
         self.nodes += more
         if self.nodes > MAX_NODES:
-            raise _Refused(f"the file expands to more than {MAX_NODES:,} values", "use fewer aliases", event)
+            raise _RefusedError(f"the file expands to more than {MAX_NODES:,} values", "use fewer aliases", event)
 
 
 def _place(event: Any) -> tuple[int, int]:
@@ -168,4 +174,5 @@ def _scalar(event: Any) -> Any:
 
 
 def dotted(path: Path) -> str:
+    """The path as messages write it: layer_schedule.0.repeat."""
     return ".".join(map(str, path))

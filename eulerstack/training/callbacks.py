@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ..checkpoint import save_checkpoint
 from ..tokens import tokenizer_of
@@ -18,22 +17,21 @@ class Export(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, StackModule)
-        if trainer.fast_dev_run or trainer.global_rank:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
         spec = pl_module.spec
         save_checkpoint(pl_module.model, root / "checkpoint", tokenizer_of(spec.tokenizer_contract, pl_module.weights))
-        rank_zero_info(f"checkpoint: {root / 'checkpoint'}")
+        print(f"checkpoint: {root / 'checkpoint'}")
         self._draw(root)
 
-    @rank_zero_only
     def _draw(self, root: Path) -> None:
         if importlib.util.find_spec("matplotlib") is None:
-            rank_zero_info("loss curve: not drawn, matplotlib is not installed (pip install 'eulerstack[plot]')")
+            print("loss curve: not drawn, matplotlib is not installed (pip install 'eulerstack[plot]')")
             return
         picture = draw_loss(root)
         if picture is not None:
-            rank_zero_info(f"loss curve: {picture}")
+            print(f"loss curve: {picture}")
 
 
 def draw_loss(root: Path) -> Path | None:
@@ -41,7 +39,7 @@ def draw_loss(root: Path) -> Path | None:
     curves = {name: _curve(root, name) for name in ("bits_per_byte", "val_bits_per_byte")}
     if not any(curves.values()):
         return None
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

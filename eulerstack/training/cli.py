@@ -1,12 +1,13 @@
 """`eulerstack fit` and `eulerstack test`: Lightning's own command line over StackModule and TextData."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from .callbacks import Export
@@ -21,7 +22,6 @@ DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,  # `eulerstack explain` draws it
 }
-RESUME_EVERY = 100
 
 
 class StackCLI(LightningCLI):
@@ -29,6 +29,9 @@ class StackCLI(LightningCLI):
 
     resume/last.ckpt is for `--ckpt_path last`, checkpoint/ for `test` and `generate`, logs/ and loss.png to look at.
     """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--resume_every", type=int, default=100, help="Steps between writes of resume/last.ckpt.")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -39,15 +42,16 @@ class StackCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         if config["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(root, name="logs")
-        resume = ModelCheckpoint(
-            root / "resume", "last", every_n_train_steps=RESUME_EVERY, save_on_exception=True, enable_version_counter=False
-        )
+        every = self._get(self.config, "resume_every")
+        resume = ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": [TQDMProgressBar(5), resume, Export()]}
         return super().instantiate_trainer(**kwargs)
 
 
 def run(verb: str, arguments: list[str], seed: int) -> None:
     """One verb of the command line; raises ValueError for what cannot be trained or measured."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # tips and hardware tables; warnings still come
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from ..tokens import Tokenizer, document_ids
 
@@ -80,7 +81,7 @@ class Shard:
     yardsticks: dict[str, float]  # bits a byte of simpler models of the same text
 
     @cached_property
-    def tokens(self) -> npt.NDArray[np.unsignedinteger]:  # type: ignore[type-arg]
+    def tokens(self) -> npt.NDArray[np.unsignedinteger]:
         return np.load(self.folder / "tokens.npy", mmap_mode="r")  # type: ignore[no-any-return]
 
     @cached_property
@@ -135,7 +136,9 @@ def _text(file: TextFile) -> str:
     try:
         text = file.path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file.path} is no UTF-8 text ({error.reason} at byte {error.start}); remove it from data.path") from None
+        raise ValueError(
+            f"{file.path} is no UTF-8 text ({error.reason} at byte {error.start}); remove it from data.path"
+        ) from None
     return text
 
 
@@ -168,6 +171,4 @@ def _progress(texts: list[str], split: str) -> Iterator[str]:
     """A bar on a terminal, for corpora that take a while."""
     if not sys.stderr.isatty():
         return iter(texts)
-    from tqdm import tqdm
-
     return iter(tqdm(texts, desc=f"tokenising {split}", leave=False))

@@ -1,5 +1,6 @@
 """TextData: any text as batches of tokens, in an order that can be resumed to the bit."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -18,8 +20,10 @@ from ..spec import ByteTokenizer, HFTokenizer
 from ..tokens import check_fits, tokenizer_of
 from .corpus import Shard, list_files, shards, standard_library
 
+Item = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
-@dataclass(frozen=True)
+
+@dataclass
 class Batch:
     """tokens, targets [B, T] int64 (-100: no target). document [B, T], None where each row is one document."""
 
@@ -32,9 +36,13 @@ class Batch:
         return None if self.document is None else Segments(document=self.document)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        moved = (None if t is None else t.to(device, non_blocking=non_blocking) for t in (self.tokens, self.targets, self.document))
+        moved = (
+            None if t is None else t.to(device, non_blocking=non_blocking)
+            for t in (self.tokens, self.targets, self.document)
+        )
         tokens, targets, document = moved
-        assert tokens is not None and targets is not None
+        assert tokens is not None
+        assert targets is not None
         return Batch(tokens, targets, document, self.bytes_per_token)
 
     def pin_memory(self) -> "Batch":
@@ -42,7 +50,7 @@ class Batch:
         return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), document, self.bytes_per_token)
 
 
-class Windows(Dataset[tuple[np.ndarray, np.ndarray]]):  # type: ignore[type-arg]
+class Windows(Dataset[Item]):
     """A shard cut into windows of T + 1 tokens, each sharing one token with the next: every token is a target once.
 
     Item i is (tokens [T + 1], documents [T + 1]); the last window may be short.
@@ -52,9 +60,9 @@ class Windows(Dataset[tuple[np.ndarray, np.ndarray]]):  # type: ignore[type-arg]
         self.shard, self.seq_len = shard, seq_len
 
     def __len__(self) -> int:
-        return max(1, -(-(len(self.shard.tokens) - 1) // self.seq_len))
+        return max(1, math.ceil((len(self.shard.tokens) - 1) / self.seq_len))
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    def __getitem__(self, index: int) -> Item:
         start = index * self.seq_len
         tokens = np.asarray(self.shard.tokens[start : start + self.seq_len + 1]).astype(np.int64)
         return tokens, self.shard.document_at(np.arange(start, start + len(tokens)))
@@ -70,7 +78,7 @@ class Order(Sampler[list[int]]):
     def __len__(self) -> int:
         """Whole batches when shuffled; all windows in order when not."""
         if self.seed is None:
-            return -(-self.windows // self.batch_size)
+            return math.ceil(self.windows / self.batch_size)
         return max(1, self.windows // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -81,7 +89,7 @@ class Order(Sampler[list[int]]):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
 
-class Batches(DataLoader[Batch]):
+class Batches(DataLoader[Any]):
     """A sized loader that knows how far it was read; Lightning saves and restores it with the run."""
 
     def __init__(self, shard: Shard, seq_len: int, batch_size: int, seed: int | None, workers: int) -> None:
@@ -110,7 +118,7 @@ class Batches(DataLoader[Batch]):
         self.order.seed, self.order.epoch, self.order.done = state["seed"], state["epoch"], state["done"]
 
 
-def collate(items: list[tuple[np.ndarray, np.ndarray]], seq_len: int, bytes_per_token: float) -> Batch:  # type: ignore[type-arg]
+def collate(items: list[Item], seq_len: int, bytes_per_token: float) -> Batch:
     """Rows of T tokens; short rows are filled with targets that do not count. Targets stay inside a document."""
     tokens = torch.zeros(len(items), seq_len + 1, dtype=torch.int64)
     document = torch.full_like(tokens, -1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from ..checkpoint import check_checkpoint, load_weights
@@ -104,7 +105,7 @@ class StackModule(L.LightningModule):
         count = int((batch.targets != IGNORED).sum())
         self.log(name, bits, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = adamw(self.model.named_parameters(), self.lr_peak, self.betas, self.weight_decay)
         schedule = warmup_cosine(optimizer, self._steps(), self.warmup_steps_ratio, self.lr_floor_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -133,7 +134,7 @@ class StackModule(L.LightningModule):
         """Optimizer steps of the whole run: the length of the schedule."""
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        data = getattr(self.trainer, "datamodule", None)
+        data: object = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextData) and self.trainer.max_epochs and self.trainer.max_epochs > 0:
             batches = len(data.train_dataloader())
             return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)

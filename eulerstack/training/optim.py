@@ -19,6 +19,7 @@ def decays(name: str) -> bool:
 def adamw(
     named: Iterable[tuple[str, nn.Parameter]], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
+    """Two groups: what decays, and what does not."""
     parameters = list(named)
     groups = [
         {"params": [p for name, p in parameters if decays(name)], "weight_decay": weight_decay},

@@ -32,7 +32,9 @@ def grid() -> list[object]:
                 for start in STARTS:
                     quick = start == 19 if dtype == torch.float64 else cut in ("whole", "steps") and start == 3
                     marks = [] if quick else [pytest.mark.slow]
-                    cases.append(pytest.param(mixer, dtype, cut, start, marks=marks, id=f"{mixer}-{dtype}-{cut}-{start}"))
+                    cases.append(
+                        pytest.param(mixer, dtype, cut, start, marks=marks, id=f"{mixer}-{dtype}-{cut}-{start}")
+                    )
     return cases
 
 

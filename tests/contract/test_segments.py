@@ -194,7 +194,9 @@ def batches(draw: st.DrawFn) -> tuple[list[Row], list[int], list[int | None]]:
     pieces: list[int] = []
     while sum(pieces) < tokens:
         pieces.append(draw(st.integers(1, tokens - sum(pieces))))
-    sizes = [draw(st.sampled_from([0, None, 1])) if p == 1 else draw(st.sampled_from([None, 1, 2, 5, 64])) for p in pieces]
+    sizes = [
+        draw(st.sampled_from([0, None, 1])) if p == 1 else draw(st.sampled_from([None, 1, 2, 5, 64])) for p in pieces
+    ]
     return rows, pieces, sizes
 
 

@@ -75,7 +75,10 @@ def test_message_names_key_and_line(name: str, tmp_path: Path) -> None:
     assert wanted in text
     assert "\nFix: " in text
     places = [p.line for p in error.value.problems]
-    assert any(place is not None and abs(place - line) <= 3 for place in places) or name.startswith("missing"), (places, line)
+    assert any(place is not None and abs(place - line) <= 3 for place in places) or name.startswith("missing"), (
+        places,
+        line,
+    )
 
 
 @pytest.mark.parametrize("name", [*list(BAD)[::9], pytest.param(None, marks=pytest.mark.slow)])
@@ -83,7 +86,9 @@ def test_command_line_exits_2_without_a_traceback(name: str | None, tmp_path: Pa
     for chosen in BAD if name is None else [name]:
         file, wanted, _ = write(tmp_path, chosen)
         for verb in (["validate"], ["explain"], ["fit", "--preset"]):
-            done = subprocess.run([sys.executable, "-m", "eulerstack", *verb, str(file)], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "eulerstack", *verb, str(file)], capture_output=True, text=True
+            )
             assert done.returncode == 2, done.stderr
             assert wanted in done.stderr
             assert "Traceback" not in done.stderr + done.stdout
@@ -92,7 +97,11 @@ def test_command_line_exits_2_without_a_traceback(name: str | None, tmp_path: Pa
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    text = GOOD.replace("d_model: 256", "d_model: 2x").replace("chunk_size: 64", "chunk_sze: 64").replace("n_heads: 4", "n_heads: 0")
+    text = (
+        GOOD.replace("d_model: 256", "d_model: 2x")
+        .replace("chunk_size: 64", "chunk_sze: 64")
+        .replace("n_heads: 4", "n_heads: 0")
+    )
     with pytest.raises(es.SpecError) as error:
         es.loads(text)
     assert [p.key.rpartition(".")[2] for p in error.value.problems] == ["d_model", "n_heads", "chunk_sze"]

@@ -173,4 +173,5 @@ class _Decayed(torch.autograd.Function):
 
 def _by_group(heads: Tensor, scores: Tensor) -> Tensor:
     """[B, n, H, C, C] as [B, n, G, R, C, C]."""
-    return heads.unflatten(2, (scores.shape[2], -1))
+    grouped: Tensor = heads.unflatten(2, (scores.shape[2], -1))
+    return grouped

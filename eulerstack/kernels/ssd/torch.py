@@ -12,7 +12,7 @@ from ..retention import torch as retention
 
 
 def parallel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments) -> Tensor:
-    """The quadratic dual form over a whole sequence, without an earlier state. Returns y [B, T, H, P], float32 or wider."""
+    """The quadratic dual form over a whole sequence, without an earlier state. Returns y [B, T, H, P]."""
     return retention.parallel(C, B, *_retained(x, dt, A), segments)
 
 

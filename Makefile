@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all there is to know; the rest is for contributors.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+# A CPU build of torch where pip can find one: the plain name would fetch gigabytes of CUDA.
+TORCH := torch==2.13.0
+
+.PHONY: setup demo test test-full check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/eulerstack explain arch_expert_research_mini
+	$(BIN)/eulerstack fit --preset arch_expert_research_mini --trainer.max_steps 500 --data.seq_len 256 \
+	  --trainer.val_check_interval 100 --trainer.limit_val_batches 10 --trainer.default_root_dir $(DEMO)
+	$(BIN)/eulerstack test --checkpoint $(DEMO)/checkpoint
+	$(BIN)/eulerstack generate --checkpoint $(DEMO)/checkpoint --prompt "def " --max-new-tokens 400 --seed 0
+	@echo "loss curve: $(CURDIR)/$(DEMO)/loss.png"
+
+test: $(READY)
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-full: $(READY)
+	$(BIN)/pytest -m "not gpu"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

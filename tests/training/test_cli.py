@@ -1,0 +1,138 @@
+"""The command line as a user types it: fit, kill, resume, test, generate."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RUN = [sys.executable, "-m", "eulerstack"]
+
+
+def eulerstack(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RUN, *words], cwd=cwd, capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(cwd)}
+    )
+
+
+def fit_words(stack_file: Path, corpus: Path, root: str, steps: int = 30) -> list[str]:
+    return [
+        *(
+            "fit",
+            "--preset",
+            str(stack_file),
+            "--data.path",
+            str(corpus),
+            "--data.seq_len",
+            "32",
+            "--data.batch_size",
+            "4",
+        ),
+        *("--trainer.max_steps", str(steps), "--resume_every", "3", "--trainer.default_root_dir", root),
+    ]
+
+
+def weights(root: Path) -> bytes:
+    return (root / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_fit_test_and_generate(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    done = eulerstack(*fit_words(stack_file, corpus, "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    assert (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").is_file()
+    assert "checkpoint: run/checkpoint" in done.stdout + done.stderr
+    for word in ("loss", "bits_per_byte", "tokens_per_second"):
+        assert word in done.stdout + done.stderr
+
+    done = eulerstack(
+        "test", "--checkpoint", "run/checkpoint", "--data.path", str(corpus), "--data.seq_len", "32", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "held-out bits per byte: " in done.stdout
+    assert "unigram entropy of the same text: " in done.stdout
+    assert "gzip -9 of the same text: " in done.stdout
+
+    one = ["generate", "--checkpoint", "run/checkpoint", "--prompt", "doc", "--max-new-tokens", "20", "--seed", "1"]
+    done = eulerstack(*one, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("doc")
+    assert done.stdout == eulerstack(*one, cwd=tmp_path).stdout
+    done = eulerstack(*one, "--prompt", "a longer one", "--temperature", "0", cwd=tmp_path)
+    assert "--- 2 of 2\na longer one" in done.stdout
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
+def test_killed_and_resumed_is_never_killed_to_the_bit(
+    seed: int, stack_file: Path, corpus: Path, tmp_path: Path
+) -> None:
+    workers = ["--data.workers", "2"] if seed % 2 else []
+    steps = 200  # two epochs and a bit
+    straight = eulerstack(
+        *fit_words(stack_file, corpus, "straight", steps), *workers, "--trainer.max_epochs", "-1", cwd=tmp_path
+    )
+    assert straight.returncode == 0, straight.stderr
+    words = [*fit_words(stack_file, corpus, "killed", steps), *workers, "--trainer.max_epochs", "-1"]
+    running = subprocess.Popen(
+        [*RUN, *words],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    last = tmp_path / "killed" / "resume" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 2))
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert not (tmp_path / "killed" / "checkpoint").exists()
+    resumed = eulerstack(*words, "--ckpt_path", "last", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
+
+
+def test_another_stack_does_not_resume(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    assert eulerstack(*fit_words(stack_file, corpus, "run", 4), cwd=tmp_path).returncode == 0
+    stack_file.write_text(
+        stack_file.read_text().replace(
+            "chunk_size: 16}}, ffn: {type: gated_mlp}}\n  a", "chunk_size: 8}}, ffn: {type: gated_mlp}}\n  a"
+        )
+    )
+    done = eulerstack(*fit_words(stack_file, corpus, "run", 8), "--ckpt_path", "last", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "trained another stack" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+BAD = {
+    "no stack": (["fit"], ""),
+    "unknown key": (["fit", "--preset", "{file}", "--data.seq_length", "3"], "seq_length"),
+    "bad value": (["fit", "--preset", "{file}", "--data.seq_len", "many"], "seq_len"),
+    "bad range": (["fit", "--preset", "{file}", "--data.batch_size", "0"], "data.batch_size = 0"),
+    "no text": (["fit", "--preset", "{file}", "--data.path", "/nowhere"], "/nowhere"),
+    "too long": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--data.seq_len", "300"], "max_seq_len = 256"),
+    "no checkpoint to test": (["test", "--checkpoint", "nothing"], "nothing"),
+    "no checkpoint": (["generate", "--checkpoint", "nothing", "--prompt", "x"], "is no checkpoint"),
+    "no provider": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--model.kernels", "fla"], "kernels='fla'"),
+    "no verb": (["train"], "No such command 'train'"),
+    "no preset": (["presets", "show", "x"], "there is no preset 'x'"),
+    "no file": (["validate"], "give one FILE"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_words_exit_2_with_a_sentence(name: str, stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    words, wanted = BAD[name]
+    done = eulerstack(*[w.format(file=stack_file, corpus=corpus) for w in words], cwd=tmp_path)
+    if name == "no stack":
+        assert "eulerstack fit --preset" in done.stdout
+        return
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert wanted in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout

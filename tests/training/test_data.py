@@ -1,0 +1,144 @@
+"""Text to batches: every token a target once, the split by file, the order a function of the seed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eulerstack as es
+from eulerstack.tokens import Bytes
+from eulerstack.training import corpus as module
+from eulerstack.training.data import Batches
+
+from ..test_generate import word_tokenizer
+
+
+def data(corpus: Path, **options: object) -> es.TextData:
+    made = es.TextData(
+        str(corpus), cache_dir=str(corpus.parent / "cache"), **{"seq_len": 50, "batch_size": 3, **options}
+    )  # type: ignore[arg-type]
+    made.setup()
+    return made
+
+
+def test_files_are_sorted_listed_hashed_and_split_by_file(corpus: Path) -> None:
+    files = module.list_files(corpus)
+    assert [f.name for f in files] == sorted(f.name for f in files)
+    assert len(files) == 20
+    parts = module.split_files(files, 0.3)
+    assert {f.name for f in parts["train"]} | {f.name for f in parts["held_out"]} == {f.name for f in files}
+    assert not {f.name for f in parts["train"]} & {f.name for f in parts["held_out"]}
+    fewer = module.split_files(files[:10] + files[11:], 0.3)  # taking a file away moves no other
+    assert {f.name for f in fewer["held_out"]} == {f.name for f in parts["held_out"]} - {files[10].name}
+
+
+def test_every_token_of_every_document_is_a_target_once(corpus: Path) -> None:
+    made = data(corpus)
+    texts = {f.name: f.path.read_bytes() for f in module.list_files(corpus)}
+    for loader in (made.val_dataloader(),):
+        targets = np.concatenate([b.targets[b.targets >= 0].numpy() for b in loader])
+        held = module.split_files(module.list_files(corpus), 0.02)["held_out"]
+        wanted = b"".join(texts[f.name][1:] for f in held)
+        assert bytes(targets.astype(np.uint8)) == wanted
+        inputs = [
+            (int(t), int(x)) for b in loader for t, x in zip(b.targets.flatten(), b.tokens.flatten(), strict=True)
+        ]
+        assert all(t == -100 or 0 <= x < 256 for t, x in inputs)
+
+
+def test_windows_that_span_documents_say_so(corpus: Path) -> None:
+    seen = 0
+    for batch in data(corpus).train_dataloader():
+        if batch.document is None:
+            continue
+        seen += 1
+        changes = batch.document[:, 1:] != batch.document[:, :-1]
+        assert (batch.targets[:, :-1][changes] == -100).all()
+    assert seen > 0
+
+
+def test_order_is_a_function_of_the_seed_and_can_be_resumed(corpus: Path) -> None:
+    made = data(corpus, seed=5)
+    loader = made.train_dataloader()
+    first = [b.tokens for b in loader]
+    second = [b.tokens for b in loader]
+    assert all(torch.equal(a, b.tokens) for a, b in zip(first, made.train_dataloader(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for workers in (0, 2):
+        half = Batches(made.shards["train"], 50, 3, 5, workers)
+        got, state = [], {}
+        for batch in half:
+            got.append(batch.tokens)
+            state = half.state_dict()
+            if len(got) == 4:
+                break
+        rest = Batches(made.shards["train"], 50, 3, None, workers)
+        rest.load_state_dict(state)
+        got += [b.tokens for b in rest]
+        assert len(got) == len(first)
+        assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True))
+        assert all(torch.equal(a, b.tokens) for a, b in zip(second, rest, strict=True))
+
+
+def test_shards_are_made_once_and_again_when_a_file_changes(corpus: Path) -> None:
+    cache = corpus.parent / "cache"
+    data(corpus)
+    (made,) = cache.iterdir()
+    stamp = (made / "manifest.json").stat().st_mtime_ns
+    data(corpus)
+    assert (made / "manifest.json").stat().st_mtime_ns == stamp
+    (corpus / "00.txt").write_text("changed")
+    data(corpus)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_one_file_is_split_in_two(corpus: Path) -> None:
+    made = data(corpus / "00.txt", held_out=0.25)
+    whole = (corpus / "00.txt").read_bytes()
+    tokens = np.concatenate([made.shards["train"].tokens, made.shards["held_out"].tokens])
+    assert bytes(tokens) == whole
+    assert abs(len(made.shards["held_out"].tokens) / len(whole) - 0.25) < 0.02
+
+
+def test_a_hugging_face_tokenizer_file(corpus: Path, tmp_path: Path) -> None:
+    made = data(corpus, tokenizer=str(word_tokenizer(tmp_path)))
+    shard = made.shards["train"]
+    assert shard.tokens.dtype == np.uint8
+    assert shard.bytes_per_token > 1
+    assert int(shard.tokens.max()) <= 5
+
+
+def test_the_embedded_corpus_is_always_there() -> None:
+    files = module.standard_library()
+    assert len(files) > 300
+    assert all(f.path.suffix == ".py" for f in files)
+    assert not any("/test" in f"/{f.name}" for f in files)
+    marks = module.yardsticks(b"".join(f.path.read_bytes() for f in files[:40]))
+    assert 4 < marks["unigram entropy"] < 5
+    assert 1.5 < marks["gzip -9"] < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "/nowhere"}, "no file and no folder"),
+        ({"pattern": "*.zip"}, "holds no files"),
+        ({"seq_len": 0}, "data.seq_len = 0"),
+        ({"batch_size": 0}, "data.batch_size = 0"),
+        ({"held_out": 1.0}, "data.held_out = 1.0"),
+    ],
+)
+def test_what_is_no_text_is_refused(corpus: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        es.TextData(**{"path": str(corpus), "cache_dir": str(corpus.parent), **options}).setup()  # type: ignore[arg-type]
+
+
+def test_files_that_are_no_utf8_are_named(corpus: Path) -> None:
+    (corpus / "00.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"00\.txt is no UTF-8 text"):
+        data(corpus)
+
+
+def test_bytes_have_their_own_number_each() -> None:
+    assert Bytes().encode("aé") == [97, 195, 169]

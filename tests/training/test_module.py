@@ -1,0 +1,166 @@
+"""StackModule in a plain Trainer: what decays, what clips, what a run leaves."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import eulerstack as es
+from eulerstack.training.callbacks import draw_loss
+from eulerstack.training.optim import decays, warmup_cosine
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _lightnings_own_warnings() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*treespec.*")
+        warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        yield
+
+
+def fit(
+    stack_file: Path, corpus: Path, tmp_path: Path, steps: int = 3, precision: str = "32-true", **options: Any
+) -> tuple[es.StackModule, L.Trainer]:
+    L.seed_everything(0, verbose=False)
+    module = es.StackModule(str(stack_file), **options)
+    trainer = L.Trainer(max_steps=steps, precision=precision, default_root_dir=tmp_path, limit_val_batches=2, **QUIET)  # type: ignore[arg-type]
+    trainer.fit(module, es.TextData(str(corpus), seq_len=32, batch_size=4, cache_dir=str(tmp_path / "cache")))
+    return module, trainer
+
+
+def test_decay_is_by_name() -> None:
+    model = es.estimate(es.load("arch_expert_research_mini")).stack
+    bare = {name.rpartition("mixer.")[2] for name, _ in model.named_parameters() if not decays(name)}
+    kept = {"scan.A_log", "scan.D", "scan.dt_bias", "x_conv.bias", "B_conv.bias", "C_conv.bias"}
+    assert {name for name in bare if "norm" not in name} == kept
+    assert all(decays(n) for n, p in model.named_parameters() if n.endswith("proj.weight") or n == "embedding.weight")
+
+
+def test_warm_up_and_cosine() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(optimizer, 100, 0.1, 0.25)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[10] == max(rates) == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 2)), rel=1e-6)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def test_plain_trainer_learns(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    _, trainer = fit(stack_file, corpus, tmp_path, steps=40, lr_peak=1e-2)
+    assert float(trainer.callback_metrics["bits_per_byte"]) < 5
+    assert trainer.optimizers[0].param_groups[0]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_islands_survive_lightnings_precisions(stack_file: Path, corpus: Path, tmp_path: Path, precision: str) -> None:
+    module, _ = fit(stack_file, corpus, tmp_path, precision=precision)
+    for name, weight in module.model.named_parameters():
+        island = name.endswith(("A_log", "D", "dt_bias"))
+        assert weight.dtype == (torch.float32 if island or precision == "bf16-mixed" else torch.bfloat16), name
+
+
+def test_hints_act_and_arguments_win(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    stack_file.write_text(
+        stack_file.read_text()
+        + "training_hints: {lr_peak: 1e-3, betas: [0.8, 0.9], weight_decay: 0.3, grad_clip: 0.5}\n"
+    )
+    module, trainer = fit(stack_file, corpus, tmp_path)
+    groups = trainer.optimizers[0].param_groups
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
+    assert groups[0]["betas"] == (0.8, 0.9)
+    assert groups[0]["initial_lr"] == 1e-3
+    assert module.grad_clip == 0.5
+    module, trainer = fit(stack_file, corpus, tmp_path, lr_peak=1e-4, weight_decay=0.0, grad_clip=0.0)
+    assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 1e-4
+    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.0
+    assert module.grad_clip == 0.0
+
+
+def test_gradients_are_clipped_to_the_hint_or_the_trainers_value(
+    stack_file: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+
+    def note(self: es.StackModule, optimizer: torch.optim.Optimizer) -> None:
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    monkeypatch.setattr(es.StackModule, "on_before_zero_grad", note)
+    fit(stack_file, corpus, tmp_path, grad_clip=0.01)
+    assert max(norms[1:]) == pytest.approx(0.01, rel=1e-3)
+    monkeypatch.setitem(QUIET, "gradient_clip_val", 0.02)
+    norms.clear()
+    fit(stack_file, corpus, tmp_path, grad_clip=0.01)
+    assert max(norms[1:]) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_packed_loss_is_that_of_separate_documents(stack_file: Path) -> None:
+    model = es.StackModule(str(stack_file)).model.double()
+    tokens = torch.randint(0, 256, (1, 30))
+    targets = torch.randint(0, 256, (1, 30))
+    document = torch.tensor([[0] * 12 + [1] * 18])
+    packed, _ = model.losses(tokens, targets, es.Segments(document=document))
+    parts = [
+        model.losses(a, b)[0] * a.shape[1]
+        for a, b in zip(tokens.split([12, 18], 1), targets.split([12, 18], 1), strict=True)
+    ]
+    assert packed.item() == pytest.approx(sum(p.item() for p in parts) / 30, rel=1e-6)
+
+
+def test_a_run_without_an_end_is_refused(stack_file: Path) -> None:
+    module = es.StackModule(str(stack_file))
+    trainer = L.Trainer(max_epochs=1, **QUIET)
+    with pytest.raises(ValueError, match=r"give trainer\.max_steps"):
+        trainer.fit(module, torch.utils.data.DataLoader([torch.zeros(1)]))
+
+
+def test_checkpoints_keep_weights_and_refuse_strangers(stack_file: Path, tmp_path: Path) -> None:
+    model = es.build(es.load(stack_file))
+    es.save_checkpoint(model, tmp_path / "c")
+    es.save_checkpoint(model, tmp_path / "c")  # writing over a checkpoint replaces it whole
+    again = es.load_checkpoint(tmp_path / "c")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert es.load(tmp_path / "c") == model.spec
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".c")) == []
+    warm = es.StackModule(str(tmp_path / "c"))
+    assert torch.equal(warm.model.embedding.weight, model.embedding.weight)
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        es.save_checkpoint(model, tmp_path / "precious")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        es.load_checkpoint(tmp_path / "precious")
+    (tmp_path / "c" / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="do not fit"):
+        es.load_checkpoint(tmp_path / "c")
+
+
+def test_the_loss_curve_joins_the_logs_of_resumed_runs(tmp_path: Path) -> None:
+    assert draw_loss(tmp_path) is None
+    for version, steps in ((0, (0, 10, 20)), (1, (20, 30)), (10, (40,))):
+        folder = tmp_path / "logs" / f"version_{version}"
+        folder.mkdir(parents=True)
+        rows = [f"{s},{5 - s / 20}," for s in steps]
+        (folder / "metrics.csv").write_text("\n".join(["step,bits_per_byte,val_bits_per_byte", *rows]) + "\n")
+    picture = draw_loss(tmp_path)
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
