@@ -21,7 +21,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/eulerstack explain arch_expert_research_mini
-	$(BIN)/eulerstack fit --preset arch_expert_research_mini --trainer.max_steps 500 --data.seq_len 256 \
+	$(BIN)/eulerstack fit --preset arch_expert_research_mini --trainer.max_steps 400 --data.seq_len 256 \
 	  --trainer.val_check_interval 100 --trainer.limit_val_batches 10 --trainer.default_root_dir $(DEMO)
 	$(BIN)/eulerstack test --checkpoint $(DEMO)/checkpoint
 	$(BIN)/eulerstack generate --checkpoint $(DEMO)/checkpoint --prompt "def " --max-new-tokens 400 --seed 0

@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,  # `eulerstack explain` draws it
 }
+BAR_EVERY = 5
 
 
 class StackCLI(LightningCLI):
@@ -37,14 +38,14 @@ class StackCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         root = Path(config["default_root_dir"] or f"runs/{self.model.spec.model.name}")
         kwargs["default_root_dir"] = str(root)
-        if self.subcommand != "fit":
-            kwargs["logger"] = config["logger"] or False
-            return super().instantiate_trainer(**kwargs)
+        callbacks: list[L.Callback] = [TQDMProgressBar(BAR_EVERY)]
+        if self.subcommand == "fit":
+            every = self._get(self.config, "resume_every")
+            resume = ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
+            callbacks += [resume, Export()]
         if config["logger"] in (None, True):
-            kwargs["logger"] = CSVLogger(root, name="logs")
-        every = self._get(self.config, "resume_every")
-        resume = ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
-        self.trainer_defaults = {**self.trainer_defaults, "callbacks": [TQDMProgressBar(5), resume, Export()]}
+            kwargs["logger"] = CSVLogger(root, name="logs") if self.subcommand == "fit" else False
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)
 
 
@@ -52,6 +53,7 @@ def run(verb: str, arguments: list[str], seed: int) -> None:
     """One verb of the command line; raises ValueError for what cannot be trained or measured."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and hardware tables; warnings still come
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -106,6 +106,8 @@ class Batches(DataLoader[Any]):
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self.order.seed is None:  # held-out text is read from its start each time, also after a partial reading
+            self.order.done = 0
         for batch in super().__iter__():
             self.order.done += 1
             yield batch

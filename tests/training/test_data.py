@@ -81,6 +81,12 @@ def test_order_is_a_function_of_the_seed_and_can_be_resumed(corpus: Path) -> Non
         assert all(torch.equal(a, b.tokens) for a, b in zip(second, rest, strict=True))
 
 
+def test_held_out_text_is_read_from_its_start_each_time(corpus: Path) -> None:
+    loader = data(corpus, held_out=0.3).val_dataloader()
+    first = next(iter(loader)).tokens
+    assert torch.equal(next(iter(loader)).tokens, first)
+
+
 def test_shards_are_made_once_and_again_when_a_file_changes(corpus: Path) -> None:
     cache = corpus.parent / "cache"
     data(corpus)
