@@ -110,6 +110,14 @@ def show_(name: str) -> None:
     print(shipped()[name].read_text(encoding="utf-8"), end="")
 
 
+@cli.command()
+def schema() -> None:
+    """Print the language's JSON Schema, for editors."""
+    from ..spec import schema as written
+
+    print(written(), end="")
+
+
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 

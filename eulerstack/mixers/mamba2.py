@@ -97,7 +97,7 @@ class Mamba2(Mixer[SSMState]):
         bias = torch.cat([self.get_parameter(f"{p}_conv.bias") for p in parts])
         mixed, conv = self.conv.convolve(F.linear(x, weight), taps.to(x.dtype), bias.to(x.dtype), conv, segments)
         shared = self.spec.n_groups * self.spec.d_state
-        values, B, C = F.silu(mixed).split([self.z_proj.out_features, shared, shared], -1)
+        values, B, C = mixed.split([self.z_proj.out_features, shared, shared], -1)
         scan = self.scan
         dt = F.softplus(self.dt_proj(x).to(wide(x.dtype)) + scan.dt_bias)
         B, C = (t.unflatten(-1, (self.spec.n_groups, self.spec.d_state)) for t in (B, C))

@@ -5,7 +5,7 @@ from .errors import Problem, SpecError
 from .expand import LayerSpec, expand
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, NoFFN
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
-from .load import dump, from_data, load, loads, presets
+from .load import dump, from_data, load, loads, presets, schema
 from .mixers import AttentionSpec, MambaSpec, MixerSpec, RetNetSpec
 from .stack import (
     ByteTokenizer,
@@ -48,5 +48,6 @@ __all__ = [
     "load",
     "loads",
     "presets",
+    "schema",
     "unused_templates",
 ]

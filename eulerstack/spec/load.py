@@ -1,6 +1,7 @@
 """From a file, a preset's name or a text to a StackSpec, and back."""
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path as FilePath
 from typing import Any
@@ -75,6 +76,11 @@ def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
     if path is not None:
         FilePath(path).write_text(text, encoding="utf-8")
     return text
+
+
+def schema() -> str:
+    """The language as JSON Schema."""
+    return json.dumps(StackSpec.model_json_schema(), indent=2) + "\n"
 
 
 def presets() -> dict[str, FilePath]:

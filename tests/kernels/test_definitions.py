@@ -85,13 +85,15 @@ def test_gradients_of_the_written_out_backwards() -> None:
     x, weight, bias, kept = drawn(2, 6, 3), drawn(3, 4), drawn(3), drawn(2, 3, 3)
     inputs = [t.requires_grad_() for t in (x, weight, bias, kept)]
     assert torch.autograd.gradcheck(lambda *a: conv.convolve(*a, Segments.dense(6)), inputs)
+    inputs[0] = drawn(2, 2, 3).requires_grad_()  # fewer tokens than taps
+    assert torch.autograd.gradcheck(lambda *a: conv.convolve(*a, Segments.dense(2)), inputs)
     assert torch.autograd.gradcheck(rms_norm, (drawn(2, 3, 5).requires_grad_(), drawn(5).requires_grad_()))
 
 
 def test_convolution_is_pytorchs() -> None:
     x, weight, bias = drawn(2, 9, 3), drawn(3, 4), drawn(3)
     padded = torch.nn.functional.pad(x.mT, (3, 0))
-    wanted = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=3).mT
+    wanted = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=3).mT)
     y, kept = conv.convolve(x, weight, bias, torch.zeros(2, 3, 3, dtype=torch.float64), Segments.dense(9))
     close(y, wanted, 1e-12)
     close(kept, x[:, -3:], 0)

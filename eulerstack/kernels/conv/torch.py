@@ -4,20 +4,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from ...segments import Segments
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """T tokens that continue `state` [B, W-1, D]. Returns y [B, T, D] and the last W - 1 inputs of the document."""
+    """T tokens that continue `state` [B, W-1, D]. Returns silu(y) [B, T, D] and the document's last W - 1 inputs."""
     kept = weight.shape[1] - 1
     if segments.plain:
-        inputs = torch.cat([state.to(x.dtype), x], 1)
-        y = _ShiftedProducts.apply(inputs, weight)
-        return y + bias, inputs[:, inputs.shape[1] - kept :].to(state.dtype)
+        y: Tensor = _SiluOfShiftedProducts.apply(x, state.to(x.dtype), weight, bias)
+        recent = x[:, -kept:].to(state.dtype)
+        return y, recent if recent.shape[1] == kept else torch.cat([state, recent], 1)[:, -kept:]
     inputs, label = _joined(x, state, segments)
-    y = _shifted_products(inputs, label, weight)
-    return y + bias, _kept(inputs, label, segments, kept).to(state.dtype)
+    y = silu(_shifted_products(inputs, label, weight) + bias)
+    return y, _kept(inputs, label, segments, kept).to(state.dtype)
 
 
 def _joined(x: Tensor, state: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -49,25 +50,40 @@ def _kept(inputs: Tensor, label: Tensor, segments: Segments, kept: int) -> Tenso
     return torch.where(same[..., None], inputs.gather(1, slots[..., None].expand(-1, -1, inputs.shape[2])), 0)
 
 
-class _ShiftedProducts(torch.autograd.Function):
-    """sum over taps of inputs[:, tap : tap + T] * weight[:, tap], without keeping the products for the backward."""
+class _SiluOfShiftedProducts(torch.autograd.Function):
+    """silu(bias + sum over lags of x_{t - lag} * weight[:, W-1-lag]), keeping only the sum for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        tokens = inputs.shape[1] - weight.shape[1] + 1
-        y = inputs[:, :tokens] * weight[:, 0]
-        for tap in range(1, weight.shape[1]):
-            y.addcmul_(inputs[:, tap : tap + tokens], weight[:, tap])
-        return y
+    def forward(ctx: Any, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        total = torch.addcmul(bias, x, weight[:, -1])
+        for lag in range(1, weight.shape[1]):
+            tap = weight[:, -1 - lag]
+            total[:, lag:].addcmul_(x[:, :-lag], tap)
+            total[:, :lag].addcmul_(_before(state, lag, x.shape[1]), tap)
+        ctx.save_for_backward(x, state, weight, total)
+        return silu(total)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        inputs, weight = ctx.saved_tensors
-        (grad,) = grads
-        tokens = grad.shape[1]
-        for_inputs, for_weight = torch.zeros_like(inputs), torch.empty_like(weight)
-        for tap in range(weight.shape[1]):
-            for_inputs[:, tap : tap + tokens].addcmul_(grad, weight[:, tap])
-            for_weight[:, tap] = (grad * inputs[:, tap : tap + tokens]).sum((0, 1))
-        return for_inputs, for_weight
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, state, weight, total = ctx.saved_tensors
+        grad = torch.ops.aten.silu_backward(grads[0], total)
+        for_x, for_state, for_weight = grad * weight[:, -1], torch.zeros_like(state), torch.empty_like(weight)
+        for_weight[:, -1] = _inner(grad, x)
+        for lag in range(1, weight.shape[1]):
+            tap, reach = weight[:, -1 - lag], grad[:, :lag]
+            for_x[:, :-lag].addcmul_(grad[:, lag:], tap)
+            _before(for_state, lag, x.shape[1]).addcmul_(reach, tap)
+            for_weight[:, -1 - lag] = _inner(grad[:, lag:], x[:, :-lag]) + _inner(
+                reach, _before(state, lag, x.shape[1])
+            )
+        return for_x, for_state, for_weight, grad.sum((0, 1))
+
+
+def _before(state: Tensor, lag: int, tokens: int) -> Tensor:
+    """What the first tokens of a call see `lag` places back, where that is in the state."""
+    start = state.shape[1] - lag
+    return state[:, start : start + tokens]
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((0, 1))
