@@ -1,5 +1,6 @@
 """StackBuilder: a stack file, written from Python."""
 
+from copy import deepcopy
 from typing import Any, Self
 
 import torch
@@ -40,12 +41,12 @@ class StackBuilder:
         self._data: dict[str, Any] = {
             "schema_version": 1,
             "model": model,
-            "tokenizer_contract": tokenizer or {"type": "byte"},
-            "embedding": embedding or {"type": "learned"},
+            "tokenizer_contract": {"type": "byte"} if tokenizer is None else tokenizer,
+            "embedding": {"type": "learned"} if embedding is None else embedding,
             "layer_templates": {},
             "layer_schedule": [],
             "head": {"type": "causal_lm"},
-            "training_hints": training_hints or {},
+            "training_hints": {} if training_hints is None else training_hints,
         }
 
     def add(
@@ -63,10 +64,12 @@ class StackBuilder:
 
         ffn is a SwiGLU by default; {"type": "none"} leaves it out.
         """
-        template: dict[str, Any] = {"mixer": {"type": mixer, mixer: options or {}}, "ffn": ffn or GATED}
+        template: dict[str, Any] = {"mixer": {"type": mixer, mixer: {} if options is None else options}}
+        template["ffn"] = GATED if ffn is None else ffn
         parts = {"norm": norm, "residual": residual, "state": state}
         template |= {key: value for key, value in parts.items() if value is not None}
-        self._data["layer_schedule"].append({"template": self._named(mixer, template), "repeat": repeat})
+        name = self._named(mixer, deepcopy(template))
+        self._data["layer_schedule"].append({"template": name, "repeat": repeat})
         return self
 
     def _named(self, mixer: str, template: dict[str, Any]) -> str:

@@ -66,8 +66,11 @@ def check_checkpoint(folder: Path) -> None:
     missing = [name for name in (_HEADER, "spec.yml", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(missing)}; give the folder that `fit` wrote")
-    found = json.loads((folder / _HEADER).read_text()).get("format")
-    if found != FORMAT:
+    try:
+        found = json.loads((folder / _HEADER).read_text())["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} is no checkpoint: its {_HEADER} names no format") from None
+    if type(found) is not int or found != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {found}; this version reads {FORMAT}")
 
 

@@ -1,9 +1,11 @@
 """What a stack costs, exactly: it is built on the meta device and counted."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
+from .block import Block
 from .model import Stack, build
 from .spec import LayerSpec, StackSpec
 
@@ -33,9 +35,10 @@ class Estimate:
 
     def state_bytes(self, batch: int, tokens: int) -> dict[str, int]:
         """Bytes of a state for `batch` rows of `tokens`, by kind (KV, retention, SSM, conv) and in `total`."""
-        if not self.stack.grows:
-            tokens = min(tokens, self.stack.spec.model.max_seq_len)
-        kinds = self.stack.init_state(batch, tokens).bytes_by_kind()
+        self.stack.check_length(tokens)
+        kinds: Counter[str] = Counter()
+        for block in self.stack.blocks:
+            kinds.update(_state_bytes(block, batch, tokens))
         return {**kinds, "total": sum(kinds.values())}
 
 
@@ -49,8 +52,12 @@ def estimate(spec: StackSpec) -> Estimate:
 
 def _layer_cost(stack: Stack, index: int) -> LayerCost:
     block, tokens = stack.blocks[index], stack.spec.model.max_seq_len
-    kinds = block.mixer.init_state(1, tokens).bytes_by_kind()
-    return LayerCost(block.layer, _count(block), block.flops(tokens) / tokens, kinds)
+    return LayerCost(block.layer, _count(block), block.flops(tokens) / tokens, _state_bytes(block, 1, tokens))
+
+
+def _state_bytes(block: Block, batch: int, tokens: int) -> dict[str, int]:
+    """What the layer keeps; nothing where its template says so."""
+    return block.mixer.init_state(batch, tokens).bytes_by_kind() if block.layer.state.kept else {}
 
 
 def _count(module: nn.Module) -> int:

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .block import Block
+from .kernels.precision import wide
 from .layers.norm import make_norm
 from .segments import Segments
 from .spec import StackSpec, dump, expand
@@ -76,24 +78,40 @@ class Stack(nn.Module):
         """
         limit = self.spec.model.max_seq_len
         max_tokens = limit if max_tokens is None else max_tokens
-        self._fits(max_tokens)
+        if batch < 0 or max_tokens < 1 or rollback < 0:
+            raise ValueError(f"batch = {batch}, max_tokens = {max_tokens} or rollback = {rollback} is too small")
+        self.check_length(max_tokens)
+        self.check_keeps_state()
+        layers = tuple(b.mixer.init_state(batch, max_tokens, rollback=rollback) for b in self.blocks)
+        length = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
+        return StackState(layers, length, length.clone(), 0, max_tokens, rollback)
+
+    def check_keeps_state(self) -> None:
+        """Raises ValueError where a template says that it keeps no state."""
         for block in self.blocks:
-            keep = block.layer.state
-            if keep.kv_cache is False or keep.ssm_state is False:
+            if not block.layer.state.kept:
                 raise ValueError(
                     f"layer_templates.{block.layer.template}.state is false: layer {block.layer.index} keeps no state, "
                     "so it has no chunkwise or recurrent form; remove the key to generate from this stack"
                 )
-        layers = tuple(b.mixer.init_state(batch, max_tokens, rollback=rollback) for b in self.blocks)
-        length = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
-        return StackState(layers, length, 0, max_tokens, rollback)
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError for sequences longer than the stack can hold."""
+        limit = self.spec.model.max_seq_len
+        if tokens > limit and self.grows:
+            raise ValueError(
+                f"{tokens} tokens are more than model.max_seq_len = {limit}, and this stack has attention without a "
+                "window; shorten the sequence or raise model.max_seq_len"
+            )
 
     def losses(
         self, tokens: Tensor, targets: Tensor, segments: Segments | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total training loss and its named parts; targets of -100 do not count."""
         logits = self(tokens, segments)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        scores = logits.flatten(0, 1).to(wide(logits.dtype))
+        total = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        cross_entropy = total / (targets != IGNORED).sum().clamp(min=1)
         return cross_entropy, {"cross_entropy": cross_entropy}
 
     def flops(self, tokens: int) -> int:
@@ -123,7 +141,7 @@ class Stack(nn.Module):
     def _sequence(
         self, tokens: Tensor, segments: Segments | None, form: Callable[[Block, Tensor, Segments], Tensor]
     ) -> Tensor:
-        self._fits(tokens.shape[1])
+        self.check_length(tokens.shape[1])
         start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
         if segments is None:
             placed = Segments.dense(tokens.shape[1], device=tokens.device)
@@ -141,14 +159,17 @@ class Stack(nn.Module):
         segments: Segments | None,
         form: Callable[[Block, Tensor, LayerState, Segments], tuple[Tensor, LayerState]],
     ) -> tuple[Tensor, StackState]:
+        if tokens.shape[1] == 0:
+            return self._logits(self.embedding(tokens)), state
         placed = (segments or Segments()).placed(state.length, tokens.shape[1], state.bound)
         bound = self._room(state, placed, tokens.shape[1])
         x, layers = self.embedding(tokens), []
         for block, before in zip(self.blocks, state.layers, strict=True):
             x, after = form(block, x, before, placed)
             layers.append(after)
-        after_all = StackState(tuple(layers), placed.ends(state.length), bound, state.max_tokens, state.rollback_limit)
-        return self._logits(x), after_all
+        length = placed.ends(state.length)
+        reach = placed.furthest(state.reach, length)
+        return self._logits(x), replace(state, layers=tuple(layers), length=length, reach=reach, bound=bound)
 
     def _room(self, state: StackState, segments: Segments, tokens: int) -> int:
         """The bound after `tokens` more, looked up exactly where padding might make the difference."""
@@ -163,14 +184,6 @@ class Stack(nn.Module):
                 "make it with init_state(batch, max_tokens=...) that holds them"
             )
         return state.max_tokens
-
-    def _fits(self, tokens: int) -> None:
-        limit = self.spec.model.max_seq_len
-        if tokens > limit and self.grows:
-            raise ValueError(
-                f"{tokens} tokens are more than model.max_seq_len = {limit}, and this stack has attention without a "
-                "window; shorten the sequence or raise model.max_seq_len"
-            )
 
     def _logits(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
@@ -188,9 +201,12 @@ def build(
     dtype: model.dtype by default; decays, dt biases and recurrent states stay at least float32 whatever it is.
     kernels: a provider's name for all operations, or `auto`. Raises ValueError for a provider that cannot serve.
     """
+    dtype = DTYPES[spec.model.dtype] if dtype is None else dtype
+    if dtype not in (*DTYPES.values(), torch.float64):
+        raise ValueError(f"dtype = {dtype!r}: give torch.float32, torch.bfloat16, torch.float16 or torch.float64")
     with torch.device("meta"):
         stack = Stack(spec, kernels)
-    stack.to(dtype or DTYPES[spec.model.dtype])
+    stack.to(dtype)
     if torch.device(device).type != "meta":
         stack.to_empty(device=device).reset_parameters()
     return stack

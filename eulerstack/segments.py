@@ -111,6 +111,12 @@ class Segments:
         reached = self.position.expand_as(self.label).gather(1, last)[:, 0] + 1
         return torch.where(self.count > 0, reached, start)
 
+    def furthest(self, reach: Tensor, length: Tensor) -> Tensor:
+        """[B] int64: the most tokens of the row's last document ever seen, given those before this call."""
+        if self.plain:
+            return torch.maximum(reach, length)
+        return torch.where(self.running[:, -1] == 0, torch.maximum(reach, length), length)
+
     def mask(self, y: Tensor) -> Tensor:
         """y [B, T, ...] with zeros at the padding."""
         if self.real is None:

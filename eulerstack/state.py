@@ -100,13 +100,15 @@ class Stateful(Protocol):
 class StackState:
     """The states of all layers and the only owner of position.
 
-    length: [B] int64, tokens of the row's document seen so far. bound: an upper limit of `length`, known without
+    length: [B] int64, tokens of the row's document seen so far. reach: [B] int64, the most of them that were ever
+    written, which a rollback leaves behind. bound: an upper limit of `length`, known without
     asking the device. max_tokens: what it was made for, a limit where some layer is bounded. rollback_limit: the
     largest rollback that windowed caches were made for.
     """
 
     layers: tuple[LayerState, ...]
     length: Tensor
+    reach: Tensor
     bound: int
     max_tokens: int
     rollback_limit: int = 0
@@ -133,13 +135,12 @@ class StackState:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "StackState":
         """A state with `change` applied to every tensor, `length` included."""
-        return replace(self, layers=tuple(s.map(change) for s in self.layers), length=change(self.length))
+        layers = tuple(s.map(change) for s in self.layers)
+        return replace(self, layers=layers, length=change(self.length), reach=change(self.reach))
 
     def select(self, rows: Tensor | Sequence[int]) -> "StackState":
         """An independent copy of some rows, in the order asked for; a row may be asked for many times."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.length.device)
-        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.batch):
-            raise ValueError(f"rows {index.tolist()} reach outside a state of {self.batch} rows")
+        index = self._rows(rows)
         return self.map(lambda t: t.index_select(0, index))
 
     def snapshot(self) -> "StackState":
@@ -159,20 +160,23 @@ class StackState:
 
     def reset(self, rows: Tensor | Sequence[int]) -> "StackState":
         """The same state with some rows back at the start of an empty document."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.length.device)
+        index = self._rows(rows)
         state = self.map(lambda t: t.index_fill(0, index, 0))
         return replace(state, bound=int(state.length.max()) if self.batch else 0)
 
     def rollback(self, tokens: int | Tensor) -> "StackState":
-        """Forget the last `tokens` tokens (one number, or [B]) exactly, or raise ValueError."""
+        """Forget the last `tokens` tokens (one number, or [B]) exactly, or raise ValueError.
+
+        Consumes this state, as a step does; take a snapshot() to keep it.
+        """
         back = torch.as_tensor(tokens, dtype=torch.int64, device=self.length.device).expand(self.batch)
-        most = int(back.max()) if self.batch else 0
         if bool((back < 0).any()) or bool((back > self.length).any()):
             raise ValueError(f"cannot roll back {back.tolist()} tokens: the rows hold {self.length.tolist()}")
-        for index, layer in enumerate(self.layers):
-            if not layer.rewindable(most):
-                raise ValueError(f"cannot roll back {most} tokens: layer {index} {_why_not(layer)}")
         length = self.length - back
+        behind = int((self.reach - length).max()) if self.batch else 0
+        for index, layer in enumerate(self.layers):
+            if not layer.rewindable(behind):
+                raise ValueError(f"cannot roll back {behind} tokens: layer {index} {_why_not(layer)}")
         return replace(self, length=length, bound=int(length.max()) if self.batch else 0)
 
     def to(self, device: torch.device | str) -> "StackState":
@@ -199,8 +203,17 @@ class StackState:
                 state = model.init_state(header["batch"], header["max_tokens"], rollback=header["rollback"])
                 named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 return state._filled(named, header["bound"])
-        except (SafetensorError, FileNotFoundError) as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a saved state: {error}") from error
+
+    def _rows(self, rows: Tensor | Sequence[int]) -> Tensor:
+        """Row numbers as [n] int64; raises ValueError for masks, fractions and rows that are not there."""
+        index = torch.as_tensor(rows, device=self.length.device)
+        if index.numel() and (index.dtype == torch.bool or index.is_floating_point()):
+            raise ValueError(f"rows are {index.dtype}: give row numbers, such as mask.nonzero()[:, 0]")
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.batch):
+            raise ValueError(f"rows {index.tolist()} reach outside a state of {self.batch} rows")
+        return index.long()
 
     def _filled(self, named: dict[str, Tensor], bound: int) -> "StackState":
         with torch.no_grad():
@@ -210,7 +223,7 @@ class StackState:
 
     def _views(self) -> dict[str, Tensor]:
         named = {f"{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()}
-        return {**named, "length": self.length}
+        return {**named, "length": self.length, "reach": self.reach}
 
     def _named(self) -> dict[str, Tensor]:
         return {name: tensor.detach().contiguous() for name, tensor in self._views().items()}

@@ -13,6 +13,8 @@ class Tokenizer(Protocol):
     """ids in [0, vocab_size)."""
 
     vocab_size: int
+    begins: bool  # whether a document starts with BOS
+    stops: frozenset[int]  # ids that end a text
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -29,20 +31,22 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """UTF-8 bytes; what is no UTF-8 decodes to U+FFFD."""
+    """UTF-8 bytes; what is no UTF-8, or no byte, decodes to U+FFFD."""
 
     vocab_size = 256
+    begins = False
+    stops: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "surrogateescape"))
 
     def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace")
+        return "".join(self.stream(iter(ids)))
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids:
-            yield decoder.decode(bytes([token]))
+            yield decoder.decode(bytes([token if token < 256 else 0xFF]))
         yield decoder.decode(b"", final=True)
 
     def fingerprint(self) -> str:
@@ -60,13 +64,19 @@ class HuggingFace:
 
         self.file = _tokenizer_file(contract.pretrained, folder)
         self.contract = contract
-        self.backend: Any = Backend.from_file(str(self.file))
+        try:
+            self.backend: Any = Backend.from_file(str(self.file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{self.file} is no tokenizer.json: {error}") from None
         self.vocab_size: int = self.backend.get_vocab_size()
         wanted = (("bos", contract.add_bos), ("eos", contract.add_eos))
         self._special = {name: self._find(name) for name, add in wanted if add}
+        self.begins = contract.add_bos
+        self.stops = frozenset({self._special["eos"]} if contract.add_eos else ())
 
     def encode(self, text: str) -> list[int]:
         """The text's ids after BOS; EOS is for whole documents, see `document`."""
+        text = text.encode("utf-8", "replace").decode()
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return [self._special["bos"], *ids] if self.contract.add_bos else ids
 
@@ -105,10 +115,7 @@ class HuggingFace:
 
 def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a whole document, with EOS where the contract asks for it."""
-    ids = tokenizer.encode(text)
-    if isinstance(tokenizer, HuggingFace) and tokenizer.contract.add_eos:
-        ids.append(tokenizer._special["eos"])
-    return ids
+    return [*tokenizer.encode(text), *tokenizer.stops]
 
 
 def tokenizer_of(contract: ByteTokenizer | HFTokenizer, folder: Path | None = None) -> Tokenizer:

@@ -60,7 +60,7 @@ def test_losses_count_what_is_a_target(build_mini: Build) -> None:
     targets = torch.randint(0, 256, (2, 9))
     targets[:, 5:] = -100
     total, parts = model.losses(tokens, targets)
-    wanted = torch.nn.functional.cross_entropy(model(tokens)[:, :5].flatten(0, 1).float(), targets[:, :5].flatten())
+    wanted = torch.nn.functional.cross_entropy(model(tokens)[:, :5].flatten(0, 1), targets[:, :5].flatten())
     assert torch.allclose(total, wanted)
     assert set(parts) == {"cross_entropy"}
 
@@ -152,6 +152,8 @@ def test_builder_writes_what_loads_equal() -> None:
 
 def test_providers_are_named_or_refused(build_mini: Build) -> None:
     build_mini(kernels="torch")
+    with pytest.raises(ValueError, match="dtype = 'float32'"):
+        build_mini("float32")
     with pytest.raises(ValueError, match="kernels='fla'"):
         build_mini(kernels="fla")
 
@@ -176,6 +178,11 @@ def test_estimate_is_exact(name: str) -> None:
         told = cost.state_bytes(batch, tokens)
         assert told.pop("total") == state.nbytes() == sum(t.nbytes for s in state.layers for t in s.tensors().values())
         assert told == state.bytes_by_kind()
+
+
+def test_a_stack_that_keeps_no_state_costs_none() -> None:
+    b = es.StackBuilder(d_model=32, n_heads=2).add("attention", state={"kv_cache": False}).add("retnet")
+    assert set(es.estimate(b.spec()).state_bytes(1, 10)) == {"retention", "total"}
 
 
 def test_flops_count_the_matrix_products() -> None:

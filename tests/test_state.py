@@ -91,6 +91,36 @@ def test_rollback_refuses_what_it_cannot_undo(build_mini: Build) -> None:
     assert state.rollback(2).length.tolist() == [18]
 
 
+def test_rollbacks_add_up() -> None:
+    model = positional(5)
+    tokens = torch.randint(0, 256, (1, 20))
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens, model.init_state(1, 60, rollback=4))
+        state = state.rollback(3)
+        with pytest.raises(ValueError, match="cannot roll back 5 tokens"):
+            state.rollback(2)
+        state = state.rollback(1)
+        got, _ = model.chunkwise(tokens[:, :3], state)
+        close(got, model.parallel(torch.cat([tokens[:, :16], tokens[:, :3]], 1))[:, -3:], 1e-12)
+
+
+def test_rows_are_numbers(build_mini: Build) -> None:
+    state = build_mini().init_state(2, 9)
+    for rows in (torch.tensor([True, False]), [0.5], [-1], [2]):
+        for act in (state.select, state.reset):
+            with pytest.raises(ValueError, match="rows"):
+                act(rows)  # type: ignore[arg-type]
+
+
+def test_a_state_of_inference_mode_goes_on_without_it(build_mini: Build) -> None:
+    model, tokens = build_mini(), torch.randint(0, 256, (1, 12))
+    with torch.inference_mode():
+        _, state = model.chunkwise(tokens[:, :10], model.init_state(1, 20))
+    with torch.no_grad():
+        got, _ = model.chunkwise(tokens[:, 10:], state)
+        close(got, model.parallel(tokens)[:, 10:], 1e-12)
+
+
 def test_saved_states_come_back_to_the_bit_and_to_their_own_model(build_mini: Build, tmp_path: Path) -> None:
     model, tokens, file = build_mini(), torch.randint(0, 256, (2, 20)), tmp_path / "state.safetensors"
     with torch.no_grad():

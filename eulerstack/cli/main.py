@@ -21,7 +21,7 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except ValueError as error:  # SpecError among them: a user's mistake, said in a sentence
+        except (ValueError, OSError) as error:  # SpecError among them: a user's mistake, said in a sentence
             print(error, file=sys.stderr)
             ctx.exit(2)
 
@@ -75,8 +75,8 @@ def explain(file: str | None, preset: str | None) -> None:
 
 @cli.command()
 @_file
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Rows of the state.")
-@click.option("--tokens", type=click.IntRange(1), help="Tokens of context; max_seq_len by default.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1 << 24), help="Rows of the state.")
+@click.option("--tokens", type=click.IntRange(1, 1 << 40), help="Tokens of context; max_seq_len by default.")
 def estimate(file: str | None, preset: str | None, batch: int, tokens: int | None) -> None:
     """Count parameters and state bytes, exactly, without building the weights."""
     from .show import estimate as show

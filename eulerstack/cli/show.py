@@ -3,6 +3,7 @@
 from itertools import groupby
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -19,7 +20,7 @@ def explain(file: str) -> None:
     cost, console = count(spec), Console()
     console.print(_tree(spec, cost))
     for name in unused_templates(spec):
-        console.print(f"Warning: layer_templates.{name} is in no entry of layer_schedule")
+        console.print(f"Warning: layer_templates.{escape(name)} is in no entry of layer_schedule")
 
 
 def estimate(file: str, batch: int, tokens: int | None) -> None:
@@ -44,7 +45,7 @@ def _tree(spec: StackSpec, cost: Estimate) -> Tree:
     model = spec.model
     about = f"  ({model.family_hint})" if model.family_hint else ""
     aim = f", target {_short(model.target_params)}" if model.target_params else ""
-    tree = Tree(f"[bold]{model.name}[/]{about}: {cost.parameters:,} parameters{aim}, {model.dtype}")
+    tree = Tree(f"[bold]{escape(model.name)}[/]{escape(about)}: {cost.parameters:,} parameters{aim}, {model.dtype}")
     tied = ", tied with the head" if spec.tied else ""
     tree.add(f"embedding {model.vocab_size:,} x {model.d_model}{tied}; positions: {spec.embedding.positional}")
     layers = tree.add(
@@ -63,9 +64,10 @@ def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost]) -> None:
     first, last, layer = group[0].layer.index, group[-1].layer.index, group[0].layer
     place = f"{first}" if first == last else f"{first}-{last}"
     costs = f"{group[0].parameters:,} parameters, {_short(group[0].flops_per_token)}FLOPs a token"
-    state = ", ".join(f"{kind} {_bytes(n)}" for kind, n in group[0].state_bytes.items())
+    kinds = ", ".join(f"{kind} {_bytes(n)}" for kind, n in group[0].state_bytes.items())
+    state = f"state {kinds}" if kinds else "keeps no state"
     each = " each" if len(group) > 1 else ""
-    branch = tree.add(f"[bold]{place:>5}[/]  {layer.template}: {costs}, state {state}{each}")
+    branch = tree.add(f"[bold]{place:>5}[/]  {escape(layer.template)}: {costs}, {state}{each}")
     branch.add(_mixer(layer))
     if not isinstance(layer.ffn, NoFFN):
         branch.add(f"{layer.ffn.type} {layer.ffn.activation}, {spec.model.d_model} to {layer.hidden}")

@@ -1,8 +1,6 @@
 """fit and test: the stack is checked before Lightning, or torch, is loaded."""
 
-import sys
-
-from ..spec import StackSpec, load
+from ..spec import load
 
 ALIASES = {"--preset": "--model.spec", "--checkpoint": "--model.spec"}
 
@@ -39,11 +37,10 @@ def run(verb: str, arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP[verb], flush=True)
         arguments = ["--help"]
-    spec = _spec(arguments)
-    seed = spec.training_hints.seed if spec else 0
+    _check_spec(arguments)
     from ..training.cli import run as train
 
-    train(verb, arguments, seed)
+    train(verb, arguments)
 
 
 def _alias(argument: str) -> str:
@@ -51,14 +48,14 @@ def _alias(argument: str) -> str:
     return ALIASES.get(name, name) + equals + value
 
 
-def _spec(arguments: list[str]) -> StackSpec | None:
-    """The spec on the command line, so that its problems are said at once; None where a --config names it."""
+def _check_spec(arguments: list[str]) -> None:
+    """Say the problems of the spec on the command line at once; one that a config names is checked later."""
     for i, argument in enumerate(arguments):
         if argument.startswith("--model.spec="):
-            return load(argument.partition("=")[2])
+            load(argument.partition("=")[2])
+            return
         if argument == "--model.spec" and i + 1 < len(arguments):
-            return load(arguments[i + 1])
-    if "--config" not in arguments and "--help" not in arguments:
-        print("give the stack to train: --preset FILE (see --help)", file=sys.stderr)
-        sys.exit(2)
-    return None
+            load(arguments[i + 1])
+            return
+    if not any(argument.partition("=")[0] in ("--config", "-c", "--model", "--help") for argument in arguments):
+        raise ValueError("give the stack: --preset FILE, or --checkpoint DIR (see --help)")

@@ -1,5 +1,6 @@
 """generate: text in, text out as it comes."""
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,14 @@ def write(
     device: str,
 ) -> None:
     """One prompt streams; many are printed row by row when all are done."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     model = load_checkpoint(checkpoint, _device(device))
     tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
     rows = [tokenizer.encode(prompt) for prompt in prompts]
-    steps = generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    steps = generate(
+        model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tokenizer.stops
+    )
     if len(rows) == 1:
         _stream(prompts[0], (step[0] for step in steps if step[0] is not None), tokenizer)
     else:
@@ -51,7 +56,7 @@ def _batch(prompts: list[str], steps: list[list[int | None]], tokenizer: Tokeniz
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: cannot be used here ({first}); use cpu") from None

@@ -1,6 +1,7 @@
 """Token ids in, token ids out as they come: prefill by `chunkwise`, then one `recurrent` step a token."""
 
 from collections.abc import Collection, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -48,11 +49,12 @@ class _Sampler:
         """One id [B] a row of logits [B, V]."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if self.top_p is not None:
+            best = logits.topk(self.top_k).indices
+            logits = torch.full_like(logits, -torch.inf).scatter(1, best, logits.gather(1, best))
+        if self.top_p is not None and self.top_p < 1:
             logits = _nucleus(logits, self.top_p)
         return torch.multinomial(logits.softmax(-1), 1, generator=self.chance)[:, 0]
 
@@ -62,6 +64,7 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     ordered, index = logits.sort(descending=True)
     share = ordered.softmax(-1)
     beyond = share.cumsum(-1) - share >= top_p
+    beyond[:, 0] = False
     return logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
 
 
@@ -107,7 +110,7 @@ def prefill(model: Stack, rows: list[list[int]], room: int = 0) -> tuple[Tensor,
 
 def _rows(prompts: Sequence[Sequence[int]] | Sequence[int] | Tensor) -> list[list[int]]:
     data: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
-    if data and all(isinstance(item, int) for item in data):
+    if data and all(isinstance(item, Integral) for item in data):
         data = [data]
     return [[int(token) for token in row] for row in data]
 
@@ -117,6 +120,7 @@ def _check(
 ) -> None:
     if not rows or not all(rows):
         raise ValueError("a prompt is empty: give at least one token in each")
+    model.check_keeps_state()
     vocab = model.spec.model.vocab_size
     for row in rows:
         if not 0 <= min(row) <= max(row) < vocab:

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.select import select
+from ..kernels.select import ATTENTION, select
 from ..layers.ffn import init_linear
 from ..layers.rope import phases, rotate
 from ..segments import Segments
 from ..spec import AttentionSpec, StackSpec
 from ..state import KVState
-from .base import Mixer, check_one_token, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, matmul_flops, placed
 
 
 class Attention(Mixer[KVState]):
@@ -25,7 +25,7 @@ class Attention(Mixer[KVState]):
         self.key_dim = model.d_model // self.heads
         self.window = spec.window
         self.theta = stack.embedding.rope_theta if stack.embedding.positional == "rope" else None
-        self.ops = select("attention", kernels)
+        self.attend = select(ATTENTION, kernels)
         kv_width = self.kv_heads * self.key_dim
         self.q_proj = nn.Linear(model.d_model, model.d_model, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(model.d_model, kv_width, bias=spec.qkv_bias)
@@ -39,19 +39,19 @@ class Attention(Mixer[KVState]):
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)
         q, k, v = self._heads(x, segments)
-        return self._out(self.ops.attend(q, k, v, self._among(x.shape[1], segments)), segments)
+        return self._out(self.attend(q, k, v, self._among(x.shape[1], segments)), segments)
 
     def chunkwise(
         self, x: Tensor, state: KVState, segments: Segments | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, KVState]:
         """Queries of each chunk over the cache and the chunk itself; the whole x is one chunk by default."""
-        segments, size = continued(segments), chunk_size or x.shape[1]
+        segments, size = continued(segments), checked(chunk_size, max(1, x.shape[1]))
         parts = []
         for start in range(0, x.shape[1], size):
             stop = min(start + size, x.shape[1])
             y, state = self._chunk(x[:, start:stop], state, segments.slice(start, stop))
             parts.append(y)
-        return torch.cat(parts, 1), state
+        return torch.cat(parts, 1) if parts else x, state
 
     def _chunk(self, x: Tensor, state: KVState, segments: Segments) -> tuple[Tensor, KVState]:
         """Attends to the cache and the new tokens together, before the ring is written."""
@@ -59,13 +59,13 @@ class Attention(Mixer[KVState]):
         among = self._among(x.shape[1], segments)
         if among is None:
             among = _causal(x.shape[1], x.device)
-        before = self._cached(state, segments, segments.before(x.shape[0]))
+        before = self._cached(state, segments, segments.before(x.shape[0]), "before")
         if not segments.plain:
             before = before & (segments.label == 0)[..., None]
         visible = torch.cat([before, among.expand(before.shape[0], -1, -1)], -1)
         held = before.shape[2]
         keys, values = (torch.cat([a[:, :held], b.to(a.dtype)], 1) for a, b in ((state.keys, k), (state.values, v)))
-        y = self.ops.attend(q.to(keys.dtype), keys, values, visible)
+        y = self.attend(q.to(keys.dtype), keys, values, visible)
         return self._out(y.to(x.dtype), segments), self._written(state, k, v, segments)
 
     def recurrent(self, x: Tensor, state: KVState, segments: Segments | None = None) -> tuple[Tensor, KVState]:
@@ -74,9 +74,9 @@ class Attention(Mixer[KVState]):
         segments = continued(segments)
         q, k, v = self._heads(x, segments)
         state = self._written(state, k, v, segments)
-        visible = self._cached(state, segments, segments.ends(segments.before(x.shape[0])))
+        visible = self._cached(state, segments, segments.ends(segments.before(x.shape[0])), "after")
         held = visible.shape[2]
-        y = self.ops.attend(q.to(state.keys.dtype), state.keys[:, :held], state.values[:, :held], visible)
+        y = self.attend(q.to(state.keys.dtype), state.keys[:, :held], state.values[:, :held], visible)
         return self._out(y.to(x.dtype), segments), state
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,8 +106,11 @@ class Attention(Mixer[KVState]):
         mask: Tensor = segments.once(("among", window), make)
         return mask
 
-    def _cached(self, state: KVState, segments: Segments, length: Tensor) -> Tensor:
-        """[B, T, slots in use] bool: which slots of a cache that has seen `length` [B] tokens each query sees."""
+    def _cached(self, state: KVState, segments: Segments, length: Tensor, when: str) -> Tensor:
+        """[B, T, slots in use] bool: which slots of a cache that has seen `length` [B] tokens each query sees.
+
+        `when` says whether that is before or after this call's tokens were written.
+        """
         assert segments.position is not None
         size = state.keys.shape[1]
         used = size if segments.bound is None else min(size, segments.bound + (segments.position.shape[1] == 1))
@@ -120,7 +123,7 @@ class Attention(Mixer[KVState]):
                 return visible
             return visible & (segments.position[..., None] - held[:, None] < self.window)  # type: ignore[index]
 
-        mask: Tensor = segments.once(("cached", self.window, size, used), make)
+        mask: Tensor = segments.once(("cached", when, self.window, size, used), make)
         return mask
 
     def _written(self, state: KVState, k: Tensor, v: Tensor, segments: Segments) -> KVState:
@@ -167,7 +170,8 @@ def _write_plain(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:
     size = cache.shape[1]
     new, position = new[:, -size:], segments.position[:, -size:]
     slots = (position % size)[..., None, None].expand_as(new)
-    return cache.scatter(1, slots, new) if torch.is_grad_enabled() else cache.scatter_(1, slots, new)
+    frozen = cache.is_inference() and not torch.is_inference_mode_enabled()
+    return cache.scatter(1, slots, new) if torch.is_grad_enabled() or frozen else cache.scatter_(1, slots, new)
 
 
 def _write_ragged(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:

@@ -91,6 +91,14 @@ class FullPrecision(nn.Module):
 
         return super()._apply(keep, recurse)
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):  # type: ignore[no-untyped-def]
+        """Weights of a narrow checkpoint are widened before they are copied, or assigned."""
+        for name in self._parameters:
+            given = state_dict.get(prefix + name)
+            if given is not None:
+                state_dict[prefix + name] = given.to(torch.promote_types(given.dtype, torch.float32))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 def matmul_flops(module: nn.Module, tokens: int) -> int:
     """Forward FLOPs of the module's linear layers over `tokens` tokens."""
@@ -111,6 +119,13 @@ def continued(segments: Segments | None) -> Segments:
     if segments is None or segments.position is None:
         raise ValueError("a mixer called with a state needs segments with positions: Segments.dense(tokens, start=...)")
     return segments
+
+
+def checked(chunk_size: int | None, default: int) -> int:
+    """The chunk size asked for, or the default; raises ValueError for one below 1."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size} must be 1 or more")
+    return default if chunk_size is None else chunk_size
 
 
 def check_one_token(x: Tensor) -> None:

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.precision import wide
-from ..kernels.select import select
+from ..kernels.select import CONV, SSD, select
 from ..layers.ffn import init_linear
 from ..layers.norm import RMSNorm
 from ..segments import Segments
 from ..spec import MambaSpec, StackSpec
 from ..state import SSMState
-from .base import FullPrecision, Mixer, check_one_token, continued, matmul_flops, placed
+from .base import FullPrecision, Mixer, check_one_token, checked, continued, matmul_flops, placed
 
 DT_RANGE = (1e-3, 1e-1)
 DT_FLOOR = 1e-4
@@ -49,7 +49,7 @@ class Mamba2(Mixer[SSMState]):
         super().__init__()
         width = stack.model.d_model
         self.spec = spec
-        self.ssd, self.conv = select("ssd", kernels), select("conv", kernels)
+        self.ssd, self.conv = select(SSD, kernels), select(CONV, kernels)
         inner, shared = spec.inner_width(width), spec.n_groups * spec.d_state
         self.heads = inner // spec.head_dim
         self.z_proj = nn.Linear(width, inner, bias=False)
@@ -77,7 +77,7 @@ class Mamba2(Mixer[SSMState]):
     def chunkwise(
         self, x: Tensor, state: SSMState, segments: Segments | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, SSMState]:
-        segments, size = continued(segments), chunk_size or self.spec.chunk_size
+        segments, size = continued(segments), checked(chunk_size, self.spec.chunk_size)
         inputs, conv = self._inputs(x, state.conv, segments)
         y, ssm = self.ssd.chunkwise(*inputs, state.ssm, segments, size)
         return self._out(x, y, inputs[0], segments), SSMState(ssm, conv)
@@ -95,7 +95,7 @@ class Mamba2(Mixer[SSMState]):
         weight = torch.cat([self.get_parameter(f"{p}_proj.weight") for p in parts])
         taps = torch.cat([self.get_parameter(f"{p}_conv.weight") for p in parts])
         bias = torch.cat([self.get_parameter(f"{p}_conv.bias") for p in parts])
-        mixed, conv = self.conv.convolve(F.linear(x, weight), taps.to(x.dtype), bias.to(x.dtype), conv, segments)
+        mixed, conv = self.conv(F.linear(x, weight), taps.to(x.dtype), bias.to(x.dtype), conv, segments)
         shared = self.spec.n_groups * self.spec.d_state
         values, B, C = mixed.split([self.z_proj.out_features, shared, shared], -1)
         scan = self.scan

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.precision import wide
-from ..kernels.select import select
+from ..kernels.select import RETENTION, select
 from ..layers.ffn import init_linear
 from ..layers.norm import layer_norm
 from ..layers.rope import phases, rotate
 from ..segments import Segments
 from ..spec import RetNetSpec, StackSpec
 from ..state import RetentionState
-from .base import Mixer, check_one_token, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, matmul_flops, placed
 
 GROUP_NORM_EPS = 1e-6
 
@@ -35,7 +35,7 @@ class Retention(Mixer[RetentionState]):
         super().__init__()
         width, self.heads = stack.model.d_model, stack.model.n_heads
         self.spec, self.theta = spec, stack.embedding.rope_theta
-        self.ops = select("retention", kernels)
+        self.ops = select(RETENTION, kernels)
         value = spec.value_width(width)
         self.key_dim, self.value_dim = width // self.heads, value // self.heads
         self.q_proj = nn.Linear(width, width, bias=False)
@@ -57,7 +57,7 @@ class Retention(Mixer[RetentionState]):
     def chunkwise(
         self, x: Tensor, state: RetentionState, segments: Segments | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, RetentionState]:
-        segments, size = continued(segments), chunk_size or self.spec.chunk_size
+        segments, size = continued(segments), checked(chunk_size, self.spec.chunk_size)
         y, kv = self.ops.chunkwise(*self._heads(x, segments), state.kv, segments, size)
         return self._out(x, y, segments), RetentionState(kv)
 
@@ -82,7 +82,7 @@ class Retention(Mixer[RetentionState]):
     def _out(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
         if self.spec.group_norm:
             y = layer_norm(y, GROUP_NORM_EPS)
-        y = y.flatten(2)
+        y = y.to(x.dtype).flatten(2)
         if self.g_proj is not None:
             y = F.silu(self.g_proj(x)) * y
         return segments.mask(self.o_proj(y))

@@ -5,7 +5,7 @@ from .errors import Problem, SpecError
 from .expand import LayerSpec, expand
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, NoFFN
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
-from .load import dump, from_data, load, loads, presets, schema
+from .load import dump, from_data, load, loads, presets, schema, with_hints
 from .mixers import AttentionSpec, MambaSpec, MixerSpec, RetNetSpec
 from .stack import (
     ByteTokenizer,
@@ -50,4 +50,5 @@ __all__ = [
     "presets",
     "schema",
     "unused_templates",
+    "with_hints",
 ]

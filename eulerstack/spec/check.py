@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic_core import PydanticCustomError
 
 from .errors import Problem
+from .ffn import NoFFN
 from .mixers import AttentionMixer, MambaMixer, MambaSpec, RetNetMixer
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def _templates(spec: "StackSpec") -> Iterator[Problem]:
     for name, template in spec.layer_templates.items():
         key = f"layer_templates.{name}"
         yield from _mixer(spec, template, key)
+        yield from _ffn(spec, template, key)
         yield from _state(template, key)
 
 
@@ -98,7 +100,7 @@ def _mixer(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[P
         yield _problem(f"{key}.mixer", f"rope turns pairs of channels, but a head has {head_dim}", fix)
     if isinstance(mixer, RetNetMixer):
         wanted = mixer.retnet.value_expand * width
-        if wanted != round(wanted) or round(wanted) % heads:
+        if abs(wanted - round(wanted)) > 1e-6 * wanted or round(wanted) % heads:
             message = f"values of {wanted:g} channels cannot be split over {heads} heads"
             fix = "choose value_expand so that value_expand * d_model is a multiple of n_heads"
             yield _problem(f"{key}.mixer.retnet.value_expand", message, fix)
@@ -111,6 +113,16 @@ def _mamba(mamba: MambaSpec, width: int, key: str) -> Iterator[Problem]:
     yield from _divides(f"{key}.head_dim", mamba.head_dim, "expand * d_model", inner)
     if inner % mamba.head_dim == 0:
         yield from _divides(f"{key}.n_groups", mamba.n_groups, "the number of heads", inner // mamba.head_dim)
+
+
+def _ffn(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
+    ffn = template.ffn
+    if isinstance(ffn, NoFFN):
+        return
+    ratio, width = ffn.mlp_ratio or spec.model.mlp_ratio, spec.model.d_model
+    if round(ratio * width) < 1:
+        own = "model.mlp_ratio" if ffn.mlp_ratio is None else f"{key}.ffn.mlp_ratio"
+        yield _problem(own, f"{ratio:g} times d_model = {width} leaves no channel", f"write {1 / width:g} or more")
 
 
 def _state(template: "LayerTemplate", key: str) -> Iterator[Problem]:

@@ -30,6 +30,10 @@ class KeepSpec(Block):
     kv_cache: bool | None = None
     ssm_state: bool | None = None
 
+    @property
+    def kept(self) -> bool:
+        return self.kv_cache is not False and self.ssm_state is not False
+
 
 class LayerTemplate(Block):
     mixer: AnyMixer

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from .errors import Problem, SpecError
 from .stack import StackSpec
-from .yaml import Document, Path, dotted, parse
+from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
 
 _LATER = {
     "let": "variables", "override": "per-entry overrides", "transition": "reasoning-phase metadata",
@@ -54,6 +54,25 @@ def from_data(data: dict[str, Any]) -> StackSpec:
     return _validated(Document(data), "spec")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that the YAML 1.2 reader would take for something else."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = read_scalar(text) == text
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
+def with_hints(spec: StackSpec, changes: dict[str, Any]) -> StackSpec:
+    """The spec with some training_hints replaced; raises SpecError for values they may not have."""
+    data = spec.model_dump()
+    data["training_hints"] |= changes
+    return from_data(data) if changes else spec
+
+
 def _validated(document: Document, source: str) -> StackSpec:
     if not isinstance(document.data, dict):
         fix = "a stack file is a mapping that starts with `schema_version: 1` and `model:`"
@@ -72,7 +91,7 @@ def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
     """The spec as YAML that loads equal, every default written out; also into a file if `path` is given."""
     data = spec.model_dump(mode="json", exclude_none=True)
     data["training_hints"].setdefault("grad_clip", None)  # None means no clipping, which is not the default
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False)
     if path is not None:
         FilePath(path).write_text(text, encoding="utf-8")
     return text
@@ -89,12 +108,13 @@ def presets() -> dict[str, FilePath]:
 
 
 def _read(path: FilePath) -> tuple[str, str]:
-    if path.is_dir():
-        path = path / "spec.yml"
-    if not path.exists() and str(path) in (shipped := presets()):
-        path = shipped[str(path)]
     try:
-        return path.read_text(encoding="utf-8"), str(path)
+        if (path / "spec.yml").is_file():
+            path = path / "spec.yml"
+        elif not path.is_file() and str(path) in (shipped := presets()):
+            path = shipped[str(path)]
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_BYTES + 1), str(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.stem, presets(), 1)
         fix = (
@@ -104,12 +124,14 @@ def _read(path: FilePath) -> tuple[str, str]:
         )
         problem = Problem("", "there is no such file", fix, "File")
     except (OSError, UnicodeDecodeError) as error:
-        problem = Problem("", f"cannot be read: {error}", "give a UTF-8 YAML file", "File")
+        problem = Problem("", f"cannot be read: {error}"[:200], "give a UTF-8 YAML file", "File")
     raise SpecError([problem], str(path))
 
 
 def _problems(error: ValidationError, document: Document) -> Iterable[Problem]:
     for item in error.errors(include_url=False):
+        if item["type"] == "too_short" and item["input"]:
+            continue  # its entries are wrong, and said so
         if item["type"] == "stack":
             for problem in item["ctx"]["problems"]:
                 line, column = _place(tuple(_as_path(problem.key, document)), document)
@@ -169,6 +191,8 @@ def _explain(item: Any, path: Path) -> tuple[str, str]:
     if kind in ("literal_error", "union_tag_invalid"):
         value = context.get("tag", value)
         return _wrong_word(value, context.get("expected") or context["expected_tags"])
+    if isinstance(value, str) and value.startswith("${"):
+        return f"{value!r}: `let` and ${{}} expressions are not supported yet", "write the number"
     if isinstance(value, float) and kind in ("int_type", "int_from_float"):
         return f"{value!r} is not a whole number", "write a whole number"
     return _WANTED.get(kind, lambda v, c: (f"{v!r}: {item['msg']}", "correct the value"))(value, context)
@@ -184,6 +208,13 @@ _WANTED = {
     "dict_type": lambda v, c: (f"{_show(v)} is not a mapping", "write its keys below it, indented"),
     "tuple_type": lambda v, c: (f"{_show(v)} is not a list", "write a list: one `- item` a line"),
     "too_short": lambda v, c: ("is empty", "give at least one entry"),
+    "string_too_short": lambda v, c: ("is empty", "give at least one character"),
+    "string_too_long": lambda v, c: (f"has {len(v)} characters", f"use {c['max_length']} or fewer"),
+    "string_pattern_mismatch": lambda v, c: (
+        f"{_show(v)} cannot be a name",
+        "use letters, digits, `_`, `-`, `.` and `+`",
+    ),
+    "too_long": lambda v, c: (f"has {len(v)} entries", f"give {c['max_length']}"),
     "finite_number": lambda v, c: (f"{v!r} is not finite", "write a finite number"),
     "greater_than": lambda v, c: (f"{_show(v)} is not greater than {c['gt']}", f"write a number above {c['gt']}"),
     "greater_than_equal": lambda v, c: (f"{_show(v)} is less than {c['ge']}", f"write {c['ge']} or more"),
@@ -208,10 +239,15 @@ def _wrong_word(value: Any, expected: str) -> tuple[str, str]:
     return f"{_show(value)} is not one of {', '.join(allowed)}", fix
 
 
+_RESERVED = ("experimental", "future", "vendor")
+
+
 def _unknown_key(name: str, path: Path) -> tuple[str, str]:
+    if name.partition(".")[0] in _RESERVED:
+        return "is a reserved prefix of the v1 language, not supported yet", "remove it"
     if name in _LATER:
         return f"is part of the v1 language but not supported yet ({_LATER[name]})", "remove it"
-    known = _siblings(path)
+    known = [key for key in _siblings(path) if key != name]
     near = difflib.get_close_matches(name, known, 1)
     fix = f"did you mean {near[0]!r}?" if near else f"remove it; the keys here are {', '.join(known)}"
     return "is not a key of the language here", fix

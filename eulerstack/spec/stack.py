@@ -11,12 +11,13 @@ from .mixers import Positive
 
 Width = Annotated[int, Field(ge=1, le=1 << 17)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSpec(Block):
     """Widths shared by all layers. family_hint and target_params are metadata, shown by `explain`."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
     d_model: Width
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
     max_seq_len: Positive
@@ -76,14 +77,14 @@ class TrainingHints(Block):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     lr_peak: Annotated[float, Field(gt=0, le=10)] = 3e-3
     lr_floor_ratio: Fraction = 0.1
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     warmup_steps_ratio: Fraction = 0.05
 
 
 class StackSpec(Block):
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[int, Field(ge=1, le=1)] = 1
     model: ModelSpec
     tokenizer_contract: Annotated[ByteTokenizer | HFTokenizer, Field(discriminator="type")]
     embedding: EmbeddingSpec

@@ -75,12 +75,14 @@ class _Reader:
         self.out = Document(None)
         self.anchors: dict[str, tuple[Any, int]] = {}
         self.nodes = 0
+        self.documents = 0
 
     def document(self) -> Document:
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent):
-                if self.out.data is not None:
+                if self.documents:
                     raise _RefusedError("the file holds more than one YAML document", "keep one", event)
+                self.documents += 1
                 self.out.data = self.node(next(self.events), ())
         return self.out
 
@@ -159,13 +161,16 @@ def _place(event: Any) -> tuple[int, int]:
 
 
 def _scalar(event: Any) -> Any:
-    text: str = event.value
-    if not event.implicit[0]:  # quoted
-        return text
+    quoted = not event.implicit[0]
+    return event.value if quoted else read_scalar(event.value)
+
+
+def read_scalar(text: str) -> Any:
+    """The value of an unquoted scalar by YAML 1.2's core rules."""
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):
-        return int(text, 0 if text.startswith(("0o", "0x")) else 10) if len(text) < 40 else float(text)
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text) if len(text) < 400 else float(text)
     if _FLOAT.fullmatch(text):
         return float(text)
     if _INFINITE.fullmatch(text):

@@ -7,21 +7,45 @@ from typing import Any
 
 import lightning as L
 
-from ..checkpoint import save_checkpoint
-from ..tokens import tokenizer_of
+from ..checkpoint import check_checkpoint, save_checkpoint
 from .module import StackModule
 
 
 class Export(L.Callback):
-    """When a run ends, write its checkpoint directory and its loss curve into the run's folder."""
+    """When a run ends, write its checkpoint directory and its loss curve into the run's folder.
+
+    Remembers, across resumptions, the log folders of the run.
+    """
+
+    def __init__(self) -> None:
+        self.logs: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logs": self.logs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.logs = state_dict["logs"] + self.logs
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse now, not after the training, to write over a folder that is no checkpoint."""
+        folder = Path(trainer.default_root_dir) / "checkpoint"
+        if folder.exists():
+            check_checkpoint(folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.log_dir and trainer.log_dir not in self.logs:
+            self.logs.append(trainer.log_dir)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.checkpoint_callback is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "resume" / "last.ckpt")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, StackModule)
-        if not trainer.is_global_zero:
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        root = Path(trainer.default_root_dir)
-        spec = pl_module.spec
-        save_checkpoint(pl_module.model, root / "checkpoint", tokenizer_of(spec.tokenizer_contract, pl_module.weights))
+        root, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
+        save_checkpoint(pl_module.model, root / "checkpoint", data.text_tokenizer)
         print(f"checkpoint: {root / 'checkpoint'}")
         self._draw(root)
 
@@ -29,14 +53,14 @@ class Export(L.Callback):
         if importlib.util.find_spec("matplotlib") is None:
             print("loss curve: not drawn, matplotlib is not installed (pip install 'eulerstack[plot]')")
             return
-        picture = draw_loss(root)
+        picture = draw_loss(root, [Path(folder) for folder in self.logs])
         if picture is not None:
             print(f"loss curve: {picture}")
 
 
-def draw_loss(root: Path) -> Path | None:
-    """loss.png from the CSV logs of a run and of the runs it resumed; None where nothing was logged."""
-    curves = {name: _curve(root, name) for name in ("bits_per_byte", "val_bits_per_byte")}
+def draw_loss(root: Path, logs: list[Path]) -> Path | None:
+    """loss.png from the CSV logs of a run, one folder for each time it was resumed; None where nothing was logged."""
+    curves = {name: _curve(logs, name) for name in ("bits_per_byte", "val_bits_per_byte")}
     if not any(curves.values()):
         return None
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
@@ -55,10 +79,12 @@ def draw_loss(root: Path) -> Path | None:
     return root / "loss.png"
 
 
-def _curve(root: Path, name: str) -> dict[int, float]:
+def _curve(logs: list[Path], name: str) -> dict[int, float]:
     """step -> value; what a resumed run logged again replaces what was there."""
     points: dict[int, float] = {}
-    for file in sorted(root.glob("logs/version_*/metrics.csv"), key=lambda f: int(f.parent.name.partition("_")[2])):
+    for file in (folder / "metrics.csv" for folder in logs):
+        if not file.is_file():
+            continue
         with file.open(newline="") as rows:
             points |= {int(row["step"]): float(row[name]) for row in csv.DictReader(rows) if row.get(name)}
     return points

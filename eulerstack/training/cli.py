@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
+from ..spec import load
 from .callbacks import Export
 from .data import TextData
 from .module import StackModule
@@ -17,7 +19,6 @@ from .module import StackModule
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
     "devices": 1,
-    "max_epochs": 1,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,  # `eulerstack explain` draws it
@@ -34,22 +35,49 @@ class StackCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--resume_every", type=int, default=100, help="Steps between writes of resume/last.ckpt.")
 
+    def before_instantiate_classes(self) -> None:
+        """Seed by --seed_everything, or by the spec's hint."""
+        given = self._get(self.config, "seed_everything")
+        if given is False:
+            spec = load(self._get(self.config, "model")["spec"])
+            L.seed_everything(spec.training_hints.seed, workers=True)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         root = Path(config["default_root_dir"] or f"runs/{self.model.spec.model.name}")
         kwargs["default_root_dir"] = str(root)
-        callbacks: list[L.Callback] = [TQDMProgressBar(BAR_EVERY)]
-        if self.subcommand == "fit":
-            every = self._get(self.config, "resume_every")
-            resume = ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
-            callbacks += [resume, Export()]
+        if config["max_epochs"] is None and config["max_steps"] == -1:
+            kwargs["max_epochs"] = 1
+        fitting = self.subcommand == "fit"
+        callbacks: list[L.Callback] = []
+        if config["enable_progress_bar"] is not False:
+            callbacks.append(TQDMProgressBar(BAR_EVERY))
+        if fitting and config["enable_checkpointing"] is not False:
+            callbacks.append(self._resume_point(root))
+        if fitting:
+            callbacks.append(Export())
         if config["logger"] in (None, True):
-            kwargs["logger"] = CSVLogger(root, name="logs") if self.subcommand == "fit" else False
+            kwargs["logger"] = CSVLogger(root, name="logs") if fitting else False
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.world_size > 1:
+            raise ValueError("training on several devices is not supported yet: set --trainer.devices 1")
+        return trainer
+
+    def _resume_point(self, root: Path) -> ModelCheckpoint:
+        """resume/last.ckpt; one of an earlier run goes, unless this run resumes it."""
+        last, wanted = root / "resume" / "last.ckpt", self._get(self.config, "ckpt_path")
+        if wanted is None:
+            last.unlink(missing_ok=True)
+        if wanted == "last" and not last.is_file():
+            raise ValueError(f"--ckpt_path last: there is no {last} to go on from; start without --ckpt_path")
+        every = self._get(self.config, "resume_every")
+        if every < 1:
+            raise ValueError(f"--resume_every {every} must be 1 or more")
+        return ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
 
 
-def run(verb: str, arguments: list[str], seed: int) -> None:
+def run(verb: str, arguments: list[str]) -> None:
     """One verb of the command line; raises ValueError for what cannot be trained or measured."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and hardware tables; warnings still come
@@ -57,15 +85,18 @@ def run(verb: str, arguments: list[str], seed: int) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    cli = StackCLI(
-        StackModule,
-        TextData,
-        args=[verb, *arguments],
-        seed_everything_default=seed,
-        trainer_defaults=DEFAULTS,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-    )
+    try:
+        cli = StackCLI(
+            StackModule,
+            TextData,
+            args=[verb, *arguments],
+            seed_everything_default=False,
+            trainer_defaults=DEFAULTS,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+        )
+    except (MisconfigurationException, OSError) as error:
+        raise ValueError(str(error)) from error
     if verb == "test":
         _report(cli.trainer, cli.datamodule)
 

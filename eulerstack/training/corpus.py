@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..tokens import Tokenizer, document_ids
 
 SPLITS = ("train", "held_out")
-FORMAT = 1
+FORMAT = 2
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
 
@@ -40,7 +40,11 @@ def standard_library() -> list[TextFile]:
 
 def list_files(root: Path, pattern: str = "*", skip: set[str] | None = None) -> list[TextFile]:
     """The files of a folder in sorted order, or the one file. Raises ValueError where there is no text."""
+    if Path(pattern).is_absolute():
+        raise ValueError(f"data.pattern = {pattern!r} must be relative, such as '*.txt'")
     if root.is_file():
+        if not root.stat().st_size:
+            raise ValueError(f"data.path = {str(root)!r} is an empty file; give text to train on")
         return [_listed(root, root.name)]
     if not root.is_dir():
         raise ValueError(f"data.path = {str(root)!r} is no file and no folder; give text to train on")
@@ -77,7 +81,7 @@ class Shard:
     """One split, memory-mapped: the tokens of its documents end to end, and where each begins."""
 
     folder: Path
-    text_bytes: int
+    bytes_per_token: float  # bytes of text a predicted token
     yardsticks: dict[str, float]  # bits a byte of simpler models of the same text
 
     @cached_property
@@ -89,8 +93,9 @@ class Shard:
         return np.load(self.folder / "starts.npy")  # type: ignore[no-any-return]
 
     @property
-    def bytes_per_token(self) -> float:
-        return self.text_bytes / len(self.tokens)
+    def name(self) -> str:
+        """Of the corpus: changes with its files, its split and its tokenizer."""
+        return self.folder.parent.name
 
     def document_at(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Which document the tokens at these places belong to."""
@@ -103,7 +108,7 @@ def shards(files: list[TextFile], tokenizer: Tokenizer, held_out: float, cache: 
     if not (folder / "manifest.json").is_file():
         _write(folder, files, tokenizer, held_out)
     manifest = json.loads((folder / "manifest.json").read_text())
-    return {name: Shard(folder / name, manifest["bytes"][name], manifest["yardsticks"]) for name in SPLITS}
+    return {name: Shard(folder / name, manifest["bytes_per_token"][name], manifest["yardsticks"]) for name in SPLITS}
 
 
 def _key(files: list[TextFile], tokenizer: Tokenizer, held_out: float) -> str:
@@ -122,11 +127,16 @@ def _write(folder: Path, files: list[TextFile], tokenizer: Tokenizer, held_out: 
         texts = {name: [_text(f) for f in part] for name, part in parts.items()}
         if len(files) == 1:
             texts = _halves(_text(files[0]), held_out)
-        sizes = {name: _write_split(work / name, texts[name], tokenizer) for name in SPLITS}
+        ratios = {name: _write_split(work / name, texts[name], tokenizer) for name in SPLITS}
         named = {name: [(f.name, f.digest) for f in part] for name, part in parts.items()}
-        manifest = {"bytes": sizes, "yardsticks": yardsticks("".join(texts["held_out"]).encode()), "files": named}
+        manifest = {
+            "bytes_per_token": ratios,
+            "yardsticks": yardsticks("".join(texts["held_out"]).encode()),
+            "files": named,
+        }
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        if not folder.exists():
+        if not (folder / "manifest.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -148,15 +158,19 @@ def _halves(text: str, held_out: float) -> dict[str, list[str]]:
     return {"train": [text[:cut]], "held_out": [text[cut:] or text[-1:]]}
 
 
-def _write_split(folder: Path, texts: list[str], tokenizer: Tokenizer) -> int:
-    """Tokens as the smallest unsigned integers that hold the vocabulary. Returns the bytes of text."""
+def _write_split(folder: Path, texts: list[str], tokenizer: Tokenizer) -> float:
+    """Tokens as the smallest unsigned integers that hold the vocabulary. Returns the bytes a predicted token.
+
+    After a BOS every byte of a document is predicted; without one, all but its first token's.
+    """
     folder.mkdir()
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     parts = [np.asarray(document_ids(tokenizer, text), dtype=dtype) for text in _progress(texts, folder.name)]
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     np.save(folder / "starts.npy", np.concatenate([[0], lengths.cumsum()[:-1]]).astype(np.int64))
     np.save(folder / "tokens.npy", np.concatenate(parts))
-    return sum(len(text.encode()) for text in texts)
+    predicted = lengths.sum() - len(texts) if tokenizer.begins else lengths.sum()
+    return sum(len(text.encode()) for text in texts) / max(1, int(predicted))
 
 
 def yardsticks(text: bytes) -> dict[str, float]:

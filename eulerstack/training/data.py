@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..model import IGNORED
 from ..segments import Segments
 from ..spec import ByteTokenizer, HFTokenizer
-from ..tokens import check_fits, tokenizer_of
+from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .corpus import Shard, list_files, shards, standard_library
 
 Item = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -69,24 +69,35 @@ class Windows(Dataset[Item]):
 
 
 class Order(Sampler[list[int]]):
-    """Batches of window numbers: a fresh permutation each epoch, a function of (seed, epoch) alone."""
+    """Batches of window numbers: a fresh permutation each epoch, a function of (seed, epoch) alone.
+
+    Each iteration is len(self) batches and goes on where the last one stopped, so that a limited epoch, a resumed one
+    and one that ran to its end leave the same order behind. Without a seed: all windows in order, from the first.
+    """
 
     def __init__(self, windows: int, batch_size: int, seed: int | None) -> None:
         self.windows, self.batch_size, self.seed = windows, batch_size, seed
-        self.epoch, self.done = 0, 0
+        self.taken = 0
 
     def __len__(self) -> int:
-        """Whole batches when shuffled; all windows in order when not."""
-        if self.seed is None:
-            return math.ceil(self.windows / self.batch_size)
-        return max(1, self.windows // self.batch_size)
+        """Whole batches when shuffled; the last may be short when not."""
+        whole = self.windows / self.batch_size
+        return math.ceil(whole) if self.seed is None else max(1, int(whole))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.windows)
-        if self.seed is not None:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.windows)
-        for batch in range(self.done, len(self)):
+        for at in range(self.taken, self.taken + len(self)):
+            epoch, batch = divmod(at, len(self))
+            order = self._permutation(epoch)
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self.seed is None:
+            return np.arange(self.windows)
+        if self._drawn[0] != epoch:
+            self._drawn = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.windows))
+        return self._drawn[1]
+
+    _drawn: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
 
 
 class Batches(DataLoader[Any]):
@@ -95,29 +106,35 @@ class Batches(DataLoader[Any]):
     def __init__(self, shard: Shard, seq_len: int, batch_size: int, seed: int | None, workers: int) -> None:
         windows = Windows(shard, seq_len)
         self.order = Order(len(windows), batch_size, seed)
+        self.corpus = {"windows": len(windows), "batch_size": batch_size, "seq_len": seq_len, "corpus": shard.name}
         ratio = shard.bytes_per_token
         super().__init__(
             windows,
             batch_sampler=self.order,
             num_workers=workers,
             collate_fn=lambda items: collate(items, seq_len, ratio),
-            persistent_workers=False,
             multiprocessing_context="fork" if workers else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        if self.order.seed is None:  # held-out text is read from its start each time, also after a partial reading
-            self.order.done = 0
+        if self.order.seed is None:
+            self.order.taken = 0
         for batch in super().__iter__():
-            self.order.done += 1
+            self.order.taken += 1
             yield batch
-        self.order.epoch, self.order.done = self.order.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.order.seed, "epoch": self.order.epoch, "done": self.order.done}
+        return {"seed": self.order.seed, "taken": self.order.taken, **self.corpus}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.seed, self.order.epoch, self.order.done = state["seed"], state["epoch"], state["done"]
+        """Raises ValueError where the run that was stopped read other batches."""
+        for key, now in self.corpus.items():
+            if state[key] != now:
+                raise ValueError(
+                    f"the run to resume had data.{key} = {state[key]}, and this one has {now}; "
+                    "resume with the same data, or start a new run from its checkpoint/"
+                )
+        self.order.seed, self.order.taken = state["seed"], state["taken"]
 
 
 def collate(items: list[Item], seq_len: int, bytes_per_token: float) -> Batch:
@@ -164,6 +181,9 @@ class TextData(L.LightningDataModule):
         _check_range("seq_len", seq_len, 1, 1 << 24)
         _check_range("batch_size", batch_size, 1, 1 << 20)
         _check_range("workers", workers, 0, 1024)
+        _check_range("seed", 0 if seed is None else seed, 0, (1 << 63) - 1)
+        if path == "":
+            raise ValueError("data.path is empty: give a folder or a file of text")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out = {held_out} must lie between 0 and 1")
         self.path, self.pattern, self.tokenizer = path, pattern, tokenizer
@@ -171,28 +191,31 @@ class TextData(L.LightningDataModule):
         self.seed, self.workers = seed, workers
         self.cache = Path(cache_dir) if cache_dir else _user_cache()
         self.shards: dict[str, Shard] = {}
+        self.text_tokenizer: Tokenizer | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        if self.shards:
-            return
-        contract = self._contract()
-        tokenizer = tokenizer_of(contract, self._folder())
         model = getattr(self.trainer, "lightning_module", None)
+        contract = self._contract(None if model is None else model.spec.tokenizer_contract)
+        folder = None if model is None or self.tokenizer is not None else model.weights
+        self.text_tokenizer = tokenizer_of(contract, folder)
         if model is not None:
-            check_fits(tokenizer, model.spec.model.vocab_size)
+            check_fits(self.text_tokenizer, model.spec.model.vocab_size)
+            _check_length(self.seq_len, model)
         files = standard_library() if self.path is None else list_files(Path(self.path), self.pattern)
-        self.shards = shards(files, tokenizer, self.held_out, self.cache)
+        self.shards = shards(files, self.text_tokenizer, self.held_out, self.cache)
 
-    def _contract(self) -> ByteTokenizer | HFTokenizer:
-        if self.tokenizer is not None:
+    def _contract(self, stacks: ByteTokenizer | HFTokenizer | None) -> ByteTokenizer | HFTokenizer:
+        """The stack's contract, with another file if one is given. Raises ValueError where the stack speaks bytes."""
+        if self.tokenizer is None:
+            return stacks or ByteTokenizer(type="byte")
+        if isinstance(stacks, ByteTokenizer):
+            raise ValueError(
+                f"data.tokenizer = {self.tokenizer!r}, but the stack's tokenizer_contract is byte; "
+                f"write tokenizer_contract: {{type: hf, pretrained: {self.tokenizer}}} into the stack file"
+            )
+        if stacks is None:
             return HFTokenizer(type="hf", pretrained=self.tokenizer)
-        model = getattr(self.trainer, "lightning_module", None)
-        return ByteTokenizer(type="byte") if model is None else model.spec.tokenizer_contract
-
-    def _folder(self) -> Path | None:
-        """A checkpoint's own tokenizer, unless another is asked for."""
-        model = getattr(self.trainer, "lightning_module", None)
-        return None if self.tokenizer is not None or model is None else model.weights
+        return stacks.model_copy(update={"pretrained": self.tokenizer})
 
     def train_dataloader(self) -> Batches:
         seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
@@ -208,6 +231,13 @@ class TextData(L.LightningDataModule):
 def _check_range(key: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"data.{key} = {value} must lie between {low} and {high}")
+
+
+def _check_length(seq_len: int, model: Any) -> None:
+    try:
+        model.model.check_length(seq_len)
+    except ValueError as error:
+        raise ValueError(f"data.seq_len = {seq_len}: {error}") from None
 
 
 def _user_cache() -> Path:

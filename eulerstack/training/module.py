@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import check_checkpoint, load_weights
 from ..model import IGNORED, Stack, build
-from ..spec import StackSpec, dump, load, loads
+from ..spec import StackSpec, dump, load, loads, with_hints
 from .data import Batch, TextData
 from .optim import adamw, warmup_cosine
 
@@ -43,18 +43,21 @@ class StackModule(L.LightningModule):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
-        self.spec, self.weights = _spec_and_weights(spec)
-        hints = self.spec.training_hints
-        self.lr_peak = _given(lr_peak, hints.lr_peak)
-        self.lr_floor_ratio = _given(lr_floor_ratio, hints.lr_floor_ratio)
-        self.betas = betas or hints.betas
-        self.weight_decay = _given(weight_decay, hints.weight_decay)
-        self.grad_clip = _given(grad_clip, hints.grad_clip or 0.0)
-        self.warmup_steps_ratio = _given(warmup_steps_ratio, hints.warmup_steps_ratio)
+        given = {
+            "lr_peak": lr_peak,
+            "lr_floor_ratio": lr_floor_ratio,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "warmup_steps_ratio": warmup_steps_ratio,
+        }
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        if grad_clip is not None:
+            changes["grad_clip"] = grad_clip or None
+        spec, self.weights = _spec_and_weights(spec)
+        self.spec = with_hints(spec, changes)
         self.kernels = kernels
         self._built: Stack | None = None
         self._clock: float | None = None
-        self._held_out = (0.0, 0)
 
     @property
     def model(self) -> Stack:
@@ -62,6 +65,11 @@ class StackModule(L.LightningModule):
         self.configure_model()
         assert self._built is not None
         return self._built
+
+    def setup(self, stage: str) -> None:
+        """Raises ValueError for several devices: each would train on the same batches."""
+        if self.trainer.world_size > 1:
+            raise ValueError("training on several devices is not supported yet: set trainer.devices to 1")
 
     def configure_model(self) -> None:
         if self._built is not None:
@@ -95,19 +103,27 @@ class StackModule(L.LightningModule):
     def validation_step(self, batch: Batch, index: int) -> None:
         self._measure("val_bits_per_byte", batch)
 
+    def on_test_start(self) -> None:
+        """Raises ValueError where nothing was trained."""
+        if self.weights is None and self.trainer.ckpt_path is None:
+            raise ValueError("this stack has freshly drawn weights: give --checkpoint DIR, the folder that `fit` wrote")
+
     def test_step(self, batch: Batch, index: int) -> None:
         self._measure("held_out_bits_per_byte", batch)
 
     def _measure(self, name: str, batch: Batch) -> None:
         """Log the mean over predicted tokens, weighted by how many each batch has."""
+        count = int((batch.targets != IGNORED).sum())
+        if count == 0:
+            return
         _, parts = self.model.losses(batch.tokens, batch.targets, batch.segments())
         bits = parts["cross_entropy"] / math.log(2) / batch.bytes_per_token
-        count = int((batch.targets != IGNORED).sum())
         self.log(name, bits, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = adamw(self.model.named_parameters(), self.lr_peak, self.betas, self.weight_decay)
-        schedule = warmup_cosine(optimizer, self._steps(), self.warmup_steps_ratio, self.lr_floor_ratio)
+        hints = self.spec.training_hints
+        optimizer = adamw(self.model.named_parameters(), hints.lr_peak, hints.betas, hints.weight_decay)
+        schedule = warmup_cosine(optimizer, self._steps(), hints.warmup_steps_ratio, hints.lr_floor_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -116,29 +132,40 @@ class StackModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        chosen = self.grad_clip or None if gradient_clip_val is None else gradient_clip_val
+        chosen = self.spec.training_hints.grad_clip if gradient_clip_val is None else gradient_clip_val
         self.clip_gradients(optimizer, chosen, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stack"] = dump(self.spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError where the run's spec is another one."""
-        if loads(checkpoint["stack"]) != self.spec:
-            raise ValueError(
-                "the run to resume trained another stack than this spec; "
-                "resume with the YAML file it started from, or start a new run"
-            )
+        """Raises ValueError where the run to resume had another stack, or another recipe."""
+        was = loads(checkpoint["stack"])
+        if was == self.spec:
+            return
+        what = "recipe" if was.model_copy(update={"training_hints": self.spec.training_hints}) == self.spec else "stack"
+        raise ValueError(
+            f"the run to resume trained with another {what} than this spec and these --model options; "
+            "resume with those it started with, or start a new run from its checkpoint/"
+        )
 
     def _steps(self) -> int:
         """Optimizer steps of the whole run: the length of the schedule."""
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        data: object = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, TextData) and self.trainer.max_epochs and self.trainer.max_epochs > 0:
+        trainer = self.trainer
+        by_steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
+        by_epochs = math.inf
+        data: object = getattr(trainer, "datamodule", None)
+        if isinstance(data, TextData) and trainer.max_epochs and trainer.max_epochs > 0:
+            limit = trainer.limit_train_batches
             batches = len(data.train_dataloader())
-            return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
-        raise ValueError("the learning rate's schedule needs the run's length: give trainer.max_steps")
+            batches = (
+                min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+            )
+            by_epochs = trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+        steps = min(by_steps, by_epochs)
+        if math.isinf(steps):
+            raise ValueError("the learning rate's schedule needs the run's length: give trainer.max_steps")
+        return int(steps)
 
 
 def _spec_and_weights(spec: str | Path | StackSpec) -> tuple[StackSpec, Path | None]:
@@ -148,7 +175,3 @@ def _spec_and_weights(spec: str | Path | StackSpec) -> tuple[StackSpec, Path | N
         check_checkpoint(Path(spec))
         return load(spec), Path(spec)
     return load(spec), None
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value

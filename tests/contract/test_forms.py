@@ -141,3 +141,35 @@ def test_recurrent_refuses_more_than_one_token(mixer: str) -> None:
         module.recurrent(x, module.init_state(1, 4), Segments.dense(2))
     with pytest.raises(ValueError, match="positions"):
         module.chunkwise(x, module.init_state(1, 4))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_an_empty_call_leaves_the_state_alone(mixer: str) -> None:
+    module = make(mixer, torch.float64)
+    state = drawn_state(module, 2, 5, torch.float64)
+    y, after = module.chunkwise(torch.zeros(2, 0, WIDTH, dtype=torch.float64), state, Segments.dense(0, 5))
+    assert y.shape == (2, 0, WIDTH)
+    for name, tensor in state.tensors().items():
+        assert torch.equal(after.tensors()[name], tensor)
+    with pytest.raises(ValueError, match="chunk_size = 0"):
+        module.chunkwise(torch.zeros(2, 3, WIDTH, dtype=torch.float64), state, Segments.dense(3, 5), chunk_size=0)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_one_segments_serves_every_form(mixer: str) -> None:
+    """What the layers of a call share must not pass from one form to another."""
+    module, dense = make(mixer, torch.float64), Segments.dense(1, 4)
+    x, state = torch.randn(1, 1, WIDTH, dtype=torch.float64), drawn_state(module, 1, 4, torch.float64)
+    one = module.chunkwise(x, state.map(torch.clone), dense)[0]
+    close(module.recurrent(x, state.map(torch.clone), dense)[0], one, 1e-12)
+
+
+def test_mixers_can_be_copied_and_pickled() -> None:
+    import copy
+    import pickle
+
+    for name in MIXERS:
+        module = make(name, torch.float64)
+        x = torch.randn(1, 4, WIDTH, dtype=torch.float64)
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(twin(x), module(x))

@@ -74,6 +74,13 @@ def test_specs_are_frozen() -> None:
         es.loads(SEED).model.d_model = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("name", ["1e3", "0o17", "no", "null", "1_000", "1:30", "2001-01-01", ".5", "0x1f", "true"])
+def test_names_that_look_like_values_survive_the_round_trip(name: str) -> None:
+    quoted = SEED.replace("name: seed", f'name: "{name.replace(":", "-").lstrip(".")}"')
+    spec = es.loads(quoted.replace("attn_layer", f'"{name}"'))
+    assert es.loads(es.dump(spec)) == spec
+
+
 def test_no_clipping_survives_the_round_trip() -> None:
     spec = es.loads(SEED.replace("lr_peak: 3e-4", "grad_clip: null"))
     assert spec.training_hints.grad_clip is None

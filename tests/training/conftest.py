@@ -6,7 +6,7 @@ import pytest
 
 TINY = """
 schema_version: 1
-model: {name: tiny, d_model: 32, n_heads: 2, vocab_size: 256, max_seq_len: 256, mlp_ratio: 1.0}
+model: {name: tiny, d_model: 32, n_heads: 2, vocab_size: 256, max_seq_len: 1024, mlp_ratio: 1.0}
 tokenizer_contract: {type: byte}
 embedding: {type: learned}
 layer_templates:

@@ -76,7 +76,7 @@ def test_killed_and_resumed_is_never_killed_to_the_bit(
         *fit_words(stack_file, corpus, "straight", steps), *workers, "--trainer.max_epochs", "-1", cwd=tmp_path
     )
     assert straight.returncode == 0, straight.stderr
-    words = [*fit_words(stack_file, corpus, "killed", steps), *workers, "--trainer.max_epochs", "-1"]
+    words = [*fit_words(stack_file, corpus, "killed", steps), *workers]
     running = subprocess.Popen(
         [*RUN, *words],
         cwd=tmp_path,
@@ -97,6 +97,20 @@ def test_killed_and_resumed_is_never_killed_to_the_bit(
     assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
 
 
+def test_options_of_lightning_that_switch_our_parts_off(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    words = [*fit_words(stack_file, corpus, "run", 2), "--trainer.enable_progress_bar", "false"]
+    done = eulerstack(*words, "--trainer.enable_checkpointing", "false", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "resume").exists()
+    config = next((tmp_path / "run" / "logs").glob("*/config.yaml"))
+    done = eulerstack("fit", f"--config={config}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = weights(tmp_path / "run")
+    done = eulerstack(*fit_words(stack_file, corpus, "run", 2), "--trainer.fast_dev_run", "true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "run") == before
+
+
 def test_another_stack_does_not_resume(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
     assert eulerstack(*fit_words(stack_file, corpus, "run", 4), cwd=tmp_path).returncode == 0
     stack_file.write_text(
@@ -106,17 +120,22 @@ def test_another_stack_does_not_resume(stack_file: Path, corpus: Path, tmp_path:
     )
     done = eulerstack(*fit_words(stack_file, corpus, "run", 8), "--ckpt_path", "last", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "trained another stack" in done.stderr
+    assert "with another stack" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 BAD = {
     "no stack": (["fit"], ""),
+    "no run to resume": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--ckpt_path", "last"], "there is no"),
+    "no such point": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--ckpt_path", "x.ckpt"], "x.ckpt"),
+    "several devices": (["fit", "--preset", "{file}", "--trainer.devices", "2"], "--trainer.devices 1"),
+    "untrained": (["test", "--checkpoint", "{file}", "--data.path", "{corpus}"], "freshly drawn weights"),
+    "recipe out of range": (["fit", "--preset", "{file}", "--model.warmup_steps_ratio", "7"], "warmup_steps_ratio"),
     "unknown key": (["fit", "--preset", "{file}", "--data.seq_length", "3"], "seq_length"),
     "bad value": (["fit", "--preset", "{file}", "--data.seq_len", "many"], "seq_len"),
     "bad range": (["fit", "--preset", "{file}", "--data.batch_size", "0"], "data.batch_size = 0"),
     "no text": (["fit", "--preset", "{file}", "--data.path", "/nowhere"], "/nowhere"),
-    "too long": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--data.seq_len", "300"], "max_seq_len = 256"),
+    "too long": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--data.seq_len", "1025"], "max_seq_len = 1024"),
     "no checkpoint to test": (["test", "--checkpoint", "nothing"], "nothing"),
     "no checkpoint": (["generate", "--checkpoint", "nothing", "--prompt", "x"], "is no checkpoint"),
     "no provider": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--model.kernels", "fla"], "kernels='fla'"),

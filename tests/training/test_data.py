@@ -73,12 +73,14 @@ def test_order_is_a_function_of_the_seed_and_can_be_resumed(corpus: Path) -> Non
             state = half.state_dict()
             if len(got) == 4:
                 break
-        rest = Batches(made.shards["train"], 50, 3, None, workers)
+        rest = Batches(made.shards["train"], 50, 3, 9, workers)
         rest.load_state_dict(state)
         got += [b.tokens for b in rest]
-        assert len(got) == len(first)
-        assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True))
-        assert all(torch.equal(a, b.tokens) for a, b in zip(second, rest, strict=True))
+        both = [*first, *second]
+        assert len(got) == len(first) + 4
+        assert all(torch.equal(a, b) for a, b in zip(got, both, strict=False))
+    with pytest.raises(ValueError, match=r"data\.batch_size = 3, and this one has 4"):
+        Batches(made.shards["train"], 50, 4, 5, 0).load_state_dict(state)
 
 
 def test_held_out_text_is_read_from_its_start_each_time(corpus: Path) -> None:
@@ -138,6 +140,17 @@ def test_the_embedded_corpus_is_always_there() -> None:
 def test_what_is_no_text_is_refused(corpus: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         es.TextData(**{"path": str(corpus), "cache_dir": str(corpus.parent), **options}).setup()  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_beside_a_byte_stack_is_refused(corpus: Path, tmp_path: Path, stack_file: Path) -> None:
+    import lightning as L
+
+    made = es.TextData(str(corpus), tokenizer=str(word_tokenizer(tmp_path)), cache_dir=str(tmp_path / "cache"))
+    trainer = L.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    with pytest.raises(ValueError, match="tokenizer_contract is byte"):
+        trainer.fit(es.StackModule(str(stack_file)), made)
 
 
 def test_files_that_are_no_utf8_are_named(corpus: Path) -> None:

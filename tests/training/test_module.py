@@ -89,11 +89,13 @@ def test_hints_act_and_arguments_win(stack_file: Path, corpus: Path, tmp_path: P
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert groups[0]["betas"] == (0.8, 0.9)
     assert groups[0]["initial_lr"] == 1e-3
-    assert module.grad_clip == 0.5
+    assert module.spec.training_hints.grad_clip == 0.5
     module, trainer = fit(stack_file, corpus, tmp_path, lr_peak=1e-4, weight_decay=0.0, grad_clip=0.0)
     assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 1e-4
     assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.0
-    assert module.grad_clip == 0.0
+    assert module.spec.training_hints.grad_clip is None
+    with pytest.raises(es.SpecError, match=r"training_hints\.warmup_steps_ratio"):
+        es.StackModule(str(stack_file), warmup_steps_ratio=7)
 
 
 def test_gradients_are_clipped_to_the_hint_or_the_trainers_value(
@@ -112,6 +114,26 @@ def test_gradients_are_clipped_to_the_hint_or_the_trainers_value(
     norms.clear()
     fit(stack_file, corpus, tmp_path, grad_clip=0.01)
     assert max(norms[1:]) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_every_epoch_trains_on_every_batch(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    module = es.StackModule(str(stack_file))
+    data = es.TextData(str(corpus), seq_len=32, batch_size=16, cache_dir=str(tmp_path / "cache"))
+    trainer = L.Trainer(max_epochs=3, limit_val_batches=1, **QUIET)
+    trainer.fit(module, data)
+    hints = module.spec.training_hints
+    assert trainer.global_step == 3 * len(data.train_dataloader())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(hints.lr_peak * hints.lr_floor_ratio, rel=0.02)
+    trainer = L.Trainer(max_epochs=2, limit_val_batches=1, limit_train_batches=3, **QUIET)
+    trainer.fit(module, data)
+    assert trainer.global_step == 6
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(hints.lr_peak * hints.lr_floor_ratio, rel=0.02)
+
+
+def test_a_batch_without_targets_has_no_loss(stack_file: Path) -> None:
+    model = es.StackModule(str(stack_file)).model
+    total, _ = model.losses(torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), -100))
+    assert total.item() == 0
 
 
 def test_packed_loss_is_that_of_separate_documents(stack_file: Path) -> None:
@@ -155,12 +177,13 @@ def test_checkpoints_keep_weights_and_refuse_strangers(stack_file: Path, tmp_pat
 
 
 def test_the_loss_curve_joins_the_logs_of_resumed_runs(tmp_path: Path) -> None:
-    assert draw_loss(tmp_path) is None
+    logs = [tmp_path / "logs" / f"version_{v}" for v in (0, 1, 10)]
+    assert draw_loss(tmp_path, logs) is None
     for version, steps in ((0, (0, 10, 20)), (1, (20, 30)), (10, (40,))):
         folder = tmp_path / "logs" / f"version_{version}"
         folder.mkdir(parents=True)
         rows = [f"{s},{5 - s / 20}," for s in steps]
         (folder / "metrics.csv").write_text("\n".join(["step,bits_per_byte,val_bits_per_byte", *rows]) + "\n")
-    picture = draw_loss(tmp_path)
+    picture = draw_loss(tmp_path, logs)
     assert picture is not None
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from ...segments import Segments
@@ -14,7 +15,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: S
     kept = weight.shape[1] - 1
     if segments.plain:
         y: Tensor = _SiluOfShiftedProducts.apply(x, state.to(x.dtype), weight, bias)
-        recent = x[:, -kept:].to(state.dtype)
+        recent = x[:, -kept:].to(state.dtype, copy=True)  # no view: it would keep all of x alive
         return y, recent if recent.shape[1] == kept else torch.cat([state, recent], 1)[:, -kept:]
     inputs, label = _joined(x, state, segments)
     y = silu(_shifted_products(inputs, label, weight) + bias)
@@ -64,6 +65,7 @@ class _SiluOfShiftedProducts(torch.autograd.Function):
         return silu(total)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, state, weight, total = ctx.saved_tensors
         grad = torch.ops.aten.silu_backward(grads[0], total)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...segments import Segments
 from ..precision import wide, without_autocast
@@ -15,7 +16,7 @@ from ..precision import wide, without_autocast
 
 @without_autocast
 def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, segments: Segments) -> Tensor:
-    """Equation 5, (Q K^T * D) V: a whole sequence without an earlier state. Returns y [B, T, H, V] in v's dtype."""
+    """Equation 5, (Q K^T * D) V: a whole sequence without an earlier state. Returns y [B, T, H, V], wide."""
     dtype = wide(v.dtype)
     heads = v.shape[2]
     q, k, x = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
@@ -24,7 +25,7 @@ def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, segments: Segme
     log = (total[..., :, None] - total[..., None, :]).to(dtype)
     decay = log.masked_fill(~visible, -torch.inf).exp()  # masked first: no gradient meets inf * 0
     scores = (q @ k.mT).repeat_interleave(heads // q.shape[1], dim=1)
-    return ((scores * decay) @ x).transpose(1, 2).to(v.dtype)
+    return ((scores * decay) @ x).transpose(1, 2)
 
 
 @without_autocast
@@ -40,7 +41,7 @@ def recurrent(
         decay = decay * (segments.running == 0)
     state = state * decay[..., None, None] + k[..., :, None] * fed[..., None, :]
     y = segments.mask((q[..., None, :] @ state)[:, None, :, 0])
-    return y.to(v.dtype), state
+    return y, state
 
 
 @without_autocast
@@ -50,9 +51,11 @@ def chunkwise(
     """Equation 7: T tokens that continue `state`, in chunks of at most `chunk_size`.
 
     A ragged last chunk is a chunk of its own length, so it decays the state by just the tokens it has.
-    Returns y [B, T, H, V] in v's dtype and the state after the last real token.
+    Returns y [B, T, H, V], at least float32, and the state after the last real token.
     """
     tokens = v.shape[1]
+    if tokens == 0:
+        return v.to(state.dtype), state
     ragged = tokens % chunk_size
     if ragged in (0, tokens):
         return _span(q, k, v, log_decay, state, segments, min(chunk_size, tokens))
@@ -94,7 +97,7 @@ def _span(
     carried = (q @ before).unflatten(-1, (R, V)).transpose(3, 4).flatten(2, 3)
 
     y = torch.addcmul(inner, carried, decays.entering[..., None])
-    return y.transpose(2, 3).reshape(B, T, H, V).to(v.dtype), state
+    return y.transpose(2, 3).reshape(B, T, H, V), state
 
 
 def _scan(fed: Tensor, across: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,6 +163,7 @@ class _Decayed(torch.autograd.Function):
         return (_by_group(decay, scores) * scores.unsqueeze(3)).flatten(2, 3)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         scores, decay = ctx.saved_tensors
         grad = _by_group(grads[0], scores) * _by_group(decay, scores)

@@ -1,0 +1,65 @@
+"""The contract suite can fail: each of these small faults, of kinds that have hit released code, is caught by it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+MUTANTS = {
+    "the state is not decayed over a ragged chunk": (
+        "kernels/retention/torch.py", "last[..., 0].exp()", "(last[..., 0] * 0.99).exp()"),
+    "chunks feed the state without decay (the paper's Fig. 4)": (
+        "kernels/retention/torch.py", "(last - total).exp()", "torch.ones_like(total)"),
+    "a chunk reads its state one token late": (
+        "kernels/retention/torch.py", "entering, leaving, across = total.exp()", "entering, leaving, across = (total - total[..., :1]).exp()"),
+    "decays summed in float32": (
+        "kernels/retention/torch.py", "decay = log_decay.double()", "decay = log_decay.float()"),
+    "packed documents leak inside a chunk": (
+        "kernels/retention/torch.py", "visible = visible & (label[..., :, None] == label[..., None, :])[:, :, None]", "visible = visible & (label >= 0)[:, :, None, None]"),
+    "a document inherits the state of the one before": (
+        "kernels/retention/torch.py", "entering = entering * (label == start)[:, :, None]", "entering = entering * (label >= 0)[:, :, None]"),
+    "padding decays a state": (
+        "kernels/retention/torch.py", "return segments.mask(decay)", "return decay.expand(segments.position.shape[0], -1, -1)"),
+    "a step ignores the document's start": (
+        "kernels/retention/torch.py", "decay = decay * (segments.running == 0)", "decay = decay * 1"),
+    "the convolution sees the document before": (
+        "kernels/conv/torch.py", "seen = (label[:, tap : tap + tokens] == own)[..., None]", "seen = (label[:, tap : tap + tokens] >= 0)[..., None]"),
+    "the convolution's state has padding in it": (
+        "kernels/conv/torch.py", "slots = (segments.first + segments.count)[:, None]", "slots = (0 * segments.first + segments.label.shape[1])[:, None]"),
+    "positions go on over a document's start": (
+        "segments.py", "position = index - offset + ", "position = index - segments_first(self) + ".replace("segments_first(self)", "self.first[:, None]")),
+    "a window too wide by one": (
+        "mixers/attention.py", "tril(-window)", "tril(-window - 1)"),
+    "the ring forgets what a query may still see": (
+        "mixers/attention.py", "held[:, None] < self.window", "held[:, None] < self.window - 1"),
+    "a step does not see its own key": (
+        "mixers/attention.py", 'segments.ends(segments.before(x.shape[0])), "after")', 'segments.before(x.shape[0]), "after")'),
+    "queries of a new document see the cache": (
+        "mixers/attention.py", "before = before & (segments.label == 0)[..., None]", "before = before & (segments.label >= 0)[..., None]"),
+    "gradients of a convolution lose the state": (
+        "kernels/conv/torch.py", "_before(for_state, lag, x.shape[1]).addcmul_(reach, tap)", "_before(for_state, lag, x.shape[1])"),
+    "gradients of the decay are one-sided": (
+        "kernels/retention/torch.py", "grad.sum(-1, dtype=torch.float64) - grad.sum(-2, dtype=torch.float64)", "grad.sum(-1, dtype=torch.float64)"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    file, sound, faulty = MUTANTS[name]
+    for part in ("eulerstack", "tests", "presets"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    text = (tmp_path / "eulerstack" / file).read_text()
+    assert text.count(sound) == 1, text.count(sound)
+    (tmp_path / "eulerstack" / file).write_text(text.replace(sound, faulty))
+    words = ["-m", "pytest", "tests/contract", "tests/kernels", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "1 failed" in done.stdout
