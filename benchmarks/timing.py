@@ -1,5 +1,6 @@
-"""Interleaved timing: every model once a round, so that a drifting machine drifts for all."""
+"""Interleaved timing: every model once a round in a drawn order, so that a drifting machine drifts for all."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ def interleaved(steps: dict[str, Callable[[], object]], rounds: int, warmup: int
     """Seconds of each step in each counted round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + warmup):
-        for name, step in steps.items():
+        for name, step in random.sample(list(steps.items()), len(steps)):
             start = time.perf_counter()
             step()
             if turn >= warmup:

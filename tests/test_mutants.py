@@ -58,7 +58,7 @@ def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
     text = (tmp_path / "eulerstack" / file).read_text()
     assert text.count(sound) == 1, text.count(sound)
     (tmp_path / "eulerstack" / file).write_text(text.replace(sound, faulty))
-    words = ["-m", "pytest", "tests/contract", "tests/kernels", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    words = ["-m", "pytest", "tests/contract", "tests/kernels", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stdout[-2000:]
