@@ -1,9 +1,11 @@
 """Channel mixing: y = down(act(up x)), or with a gate, y = down(act(gate x) * up x)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..spec import FFNSpec, GatedMLPSpec, MLPSpec
@@ -15,7 +17,41 @@ def _relu2(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "relu2": _relu2, "silu": F.silu}
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    y: Tensor = _SwiGLU.apply(gate, up)
+    return y
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up."""
+    return F.gelu(gate) * up
+
+
+def reglu(gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) * up."""
+    return F.relu(gate) * up
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu, "reglu": reglu}
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up for the backward, and computes silu(gate) again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        (grad,) = grads
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class MLP(nn.Module):
@@ -35,13 +71,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, spec: GatedMLPSpec, width: int, hidden: int) -> None:
         super().__init__()
-        self.act = GATES[spec.activation]
+        self.gated = GATES[spec.activation]
         self.gate_proj = nn.Linear(width, hidden, bias=spec.bias)
         self.up_proj = nn.Linear(width, hidden, bias=spec.bias)
         self.down_proj = nn.Linear(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
         return y
 
 

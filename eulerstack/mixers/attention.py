@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..kernels.select import ATTENTION, select
 from ..layers.ffn import init_linear
@@ -81,12 +82,13 @@ class Attention(Mixer[KVState]):
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K] and k, v [B, T, Hkv, K]."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.key_dim))
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.key_dim))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.key_dim))
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        bias = torch.cat([p.bias for p in parts]) if self.q_proj.bias is not None else None
+        joined = F.linear(x, torch.cat([p.weight for p in parts]), bias).unflatten(-1, (-1, self.key_dim))
+        turned, v = joined.split([self.heads + self.kv_heads, self.kv_heads], 2)
         if self.theta is not None:
-            turn = phases(segments, self.key_dim, self.theta, x.dtype)
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            turned = rotate(turned, *phases(segments, self.key_dim, self.theta, x.dtype))
+        q, k = turned.split([self.heads, self.kv_heads], 2)
         return q, k, v
 
     def _out(self, y: Tensor, segments: Segments) -> Tensor:

@@ -7,6 +7,7 @@ from eulerstack.kernels.attention import torch as attention
 from eulerstack.kernels.conv import torch as conv
 from eulerstack.kernels.retention import torch as retention
 from eulerstack.kernels.ssd import torch as ssd
+from eulerstack.layers.ffn import swiglu
 from eulerstack.layers.norm import rms_norm
 from eulerstack.layers.rope import phases, rotate
 from eulerstack.mixers.retention import log_gamma
@@ -87,6 +88,7 @@ def test_gradients_of_the_written_out_backwards() -> None:
     assert torch.autograd.gradcheck(lambda *a: conv.convolve(*a, Segments.dense(6)), inputs)
     inputs[0] = drawn(2, 2, 3).requires_grad_()  # fewer tokens than taps
     assert torch.autograd.gradcheck(lambda *a: conv.convolve(*a, Segments.dense(2)), inputs)
+    assert torch.autograd.gradcheck(swiglu, (drawn(2, 5).requires_grad_(), drawn(2, 5).requires_grad_()))
     assert torch.autograd.gradcheck(rms_norm, (drawn(2, 3, 5).requires_grad_(), drawn(5).requires_grad_()))
 
 
