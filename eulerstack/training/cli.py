@@ -33,7 +33,7 @@ class StackCLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--resume_every", type=int, default=100, help="Steps between writes of resume/last.ckpt.")
+        parser.add_argument("--resume_every", type=int, default=50, help="Steps between writes of resume/last.ckpt.")
 
     def before_instantiate_classes(self) -> None:
         """Seed by --seed_everything, or by the spec's hint."""

@@ -78,6 +78,7 @@ class Order(Sampler[list[int]]):
     def __init__(self, windows: int, batch_size: int, seed: int | None) -> None:
         self.windows, self.batch_size, self.seed = windows, batch_size, seed
         self.taken = 0
+        self._drawn: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
         """Whole batches when shuffled; the last may be short when not."""
@@ -96,8 +97,6 @@ class Order(Sampler[list[int]]):
         if self._drawn[0] != epoch:
             self._drawn = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.windows))
         return self._drawn[1]
-
-    _drawn: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
 
 
 class Batches(DataLoader[Any]):
