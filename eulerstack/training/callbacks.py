@@ -54,8 +54,7 @@ class Export(L.Callback):
             print("loss curve: not drawn, matplotlib is not installed (pip install 'eulerstack[plot]')")
             return
         picture = draw_loss(root, [Path(folder) for folder in self.logs])
-        if picture is not None:
-            print(f"loss curve: {picture}")
+        print(f"loss curve: {picture or 'not drawn, the run has logged nothing as CSV yet'}")
 
 
 def draw_loss(root: Path, logs: list[Path]) -> Path | None:
