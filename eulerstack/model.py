@@ -142,10 +142,10 @@ class Stack(nn.Module):
         self, tokens: Tensor, segments: Segments | None, form: Callable[[Block, Tensor, Segments], Tensor]
     ) -> Tensor:
         self.check_length(tokens.shape[1])
-        start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
         if segments is None:
             placed = Segments.dense(tokens.shape[1], device=tokens.device)
         else:
+            start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
             placed = segments.placed(start, tokens.shape[1], 0)
         x = self.embedding(tokens)
         for block in self.blocks:

@@ -150,7 +150,7 @@ class StackState:
     def restore(self, snapshot: "StackState") -> "StackState":
         """The snapshot's values in this state's own memory; raises ValueError where the shapes differ."""
         with torch.no_grad():
-            for mine, theirs in zip(self._tensors(), snapshot._tensors(), strict=True):
+            for mine, theirs in zip(self._views().values(), snapshot._views().values(), strict=True):
                 if mine.shape != theirs.shape:
                     raise ValueError(
                         f"cannot restore: the state holds {tuple(mine.shape)}, the snapshot {tuple(theirs.shape)}"
@@ -192,7 +192,8 @@ class StackState:
             "max_tokens": self.max_tokens,
             "rollback": self.rollback_limit,
         }
-        save_file(self._named(), str(path), metadata={"eulerstack": json.dumps(header)})
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self._views().items()}
+        save_file(tensors, str(path), metadata={"eulerstack": json.dumps(header)})
 
     @staticmethod
     def load(path: str | Path, model: Stateful) -> "StackState":
@@ -224,12 +225,6 @@ class StackState:
     def _views(self) -> dict[str, Tensor]:
         named = {f"{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()}
         return {**named, "length": self.length, "reach": self.reach}
-
-    def _named(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().contiguous() for name, tensor in self._views().items()}
-
-    def _tensors(self) -> list[Tensor]:
-        return list(self._views().values())
 
 
 def _why_not(layer: LayerState) -> str:

@@ -75,7 +75,7 @@ class HuggingFace:
         self.stops = frozenset({self._special["eos"]} if contract.add_eos else ())
 
     def encode(self, text: str) -> list[int]:
-        """The text's ids after BOS; EOS is for whole documents, see `document`."""
+        """The text's ids after BOS; EOS is for whole documents, see document_ids."""
         text = text.encode("utf-8", "replace").decode()
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return [self._special["bos"], *ids] if self.contract.add_bos else ids

@@ -133,8 +133,4 @@ def _check(
         raise ValueError(f"top_k = {top_k} must be 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p} must lie above 0 and not above 1")
-    longest, limit = max(map(len, rows)), model.spec.model.max_seq_len
-    if model.grows and longest + count > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {count} new ones exceed model.max_seq_len = {limit}; ask for fewer"
-        )
+    model.check_length(max(map(len, rows)) + count)

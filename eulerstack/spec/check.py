@@ -58,12 +58,12 @@ def _tokens(spec: "StackSpec") -> Iterator[Problem]:
     if head is not None and head != tie:
         fix = "give both the same value, or leave head.tie_weights out"
         yield _problem("head.tie_weights", f"{head} contradicts embedding.tie_word_embeddings = {tie}".lower(), fix)
-    if "rope_theta" in spec.embedding.model_fields_set and not _turns(spec):
+    if "rope_theta" in spec.embedding.model_fields_set and not turns(spec):
         fix = "remove rope_theta, or set embedding.positional: rope"
         yield _problem("embedding.rope_theta", "no layer uses rotary positions, so it would do nothing", fix)
 
 
-def _turns(spec: "StackSpec") -> bool:
+def turns(spec: "StackSpec") -> bool:
     """Whether anything uses rotary positions (a file may say so before it has such a layer)."""
     mixers = [template.mixer for template in spec.layer_templates.values()]
     return spec.embedding.positional == "rope" or any(isinstance(m, RetNetMixer) and m.retnet.rope for m in mixers)

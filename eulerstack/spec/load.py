@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from .check import turns
 from .errors import Problem, SpecError
 from .stack import StackSpec
 from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
@@ -68,7 +69,7 @@ _Dumper.add_representer(str, _text)
 
 def with_hints(spec: StackSpec, changes: dict[str, Any]) -> StackSpec:
     """The spec with some training_hints replaced; raises SpecError for values they may not have."""
-    data = spec.model_dump()
+    data = _data(spec)
     data["training_hints"] |= changes
     return from_data(data) if changes else spec
 
@@ -89,12 +90,19 @@ def _validated(document: Document, source: str) -> StackSpec:
 
 def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
     """The spec as YAML that loads equal, every default written out; also into a file if `path` is given."""
-    data = spec.model_dump(mode="json", exclude_none=True)
-    data["training_hints"].setdefault("grad_clip", None)  # None means no clipping, which is not the default
-    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+    text = yaml.dump(_data(spec), Dumper=_Dumper, sort_keys=False)
     if path is not None:
         FilePath(path).write_text(text, encoding="utf-8")
     return text
+
+
+def _data(spec: StackSpec) -> dict[str, Any]:
+    """The spec as plain data in the shape of a stack file, all defaults written out that a file may say."""
+    data = spec.model_dump(mode="json", exclude_none=True)
+    data["training_hints"].setdefault("grad_clip", None)  # None means no clipping, which is not the default
+    if not turns(spec):
+        del data["embedding"]["rope_theta"]  # a file that says it where nothing turns is refused
+    return data
 
 
 def schema() -> str:

@@ -199,7 +199,6 @@ class TextData(L.LightningDataModule):
         self.text_tokenizer = tokenizer_of(contract, folder)
         if model is not None:
             check_fits(self.text_tokenizer, model.spec.model.vocab_size)
-            _check_length(self.seq_len, model)
         files = standard_library() if self.path is None else list_files(Path(self.path), self.pattern)
         self.shards = shards(files, self.text_tokenizer, self.held_out, self.cache)
 
@@ -218,10 +217,17 @@ class TextData(L.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
-        return Batches(self.shards["train"], self.seq_len, self.batch_size, seed, self.workers)
+        return self._batches("train", seed)
 
     def val_dataloader(self) -> Batches:
-        return Batches(self.shards["held_out"], self.seq_len, self.batch_size, None, self.workers)
+        return self._batches("held_out", None)
+
+    def _batches(self, split: str, seed: int | None) -> Batches:
+        """Checked against the stack here and not in `setup`: by now Lightning has built it, in its own dtype."""
+        model = getattr(self.trainer, "lightning_module", None)
+        if model is not None:
+            _check_length(self.seq_len, model)
+        return Batches(self.shards[split], self.seq_len, self.batch_size, seed, self.workers)
 
     def test_dataloader(self) -> Batches:
         return self.val_dataloader()

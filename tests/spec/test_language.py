@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import eulerstack as es
-from eulerstack.spec import RetNetSpec, schema
+from eulerstack.spec import RetNetSpec, schema, with_hints
 
 SEED = """
 schema_version: 1
@@ -79,6 +79,12 @@ def test_names_that_look_like_values_survive_the_round_trip(name: str) -> None:
     quoted = SEED.replace("name: seed", f'name: "{name.replace(":", "-").lstrip(".")}"')
     spec = es.loads(quoted.replace("attn_layer", f'"{name}"'))
     assert es.loads(es.dump(spec)) == spec
+
+
+def test_a_stack_without_positions_survives_the_round_trip() -> None:
+    builder = es.StackBuilder(64, 4, embedding={"type": "learned", "positional": "none"}).add("mamba")
+    assert es.loads(es.dump(builder.spec())) == builder.spec()
+    assert with_hints(builder.spec(), {"lr_peak": 1e-3}).training_hints.lr_peak == 1e-3
 
 
 def test_no_clipping_survives_the_round_trip() -> None:
