@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .kernels.provider import Target
 from .layers.ffn import init_ffn, make_ffn
 from .layers.norm import make_norm
 from .mixers import Mixer, make_mixer
@@ -19,11 +20,11 @@ Mix = Callable[[Tensor], tuple[Tensor, LayerState | None]]
 class Block(nn.Module):
     """x + scaling * mixer(norm x), then x + scaling * ffn(norm x), in the order the layer's spec names."""
 
-    def __init__(self, layer: LayerSpec, stack: StackSpec, kernels: str = "auto") -> None:
+    def __init__(self, layer: LayerSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width = stack.model.d_model
         self.layer = layer
-        self.mixer: Mixer[LayerState] = make_mixer(layer.mixer, stack, kernels)
+        self.mixer: Mixer[LayerState] = make_mixer(layer.mixer, stack, target)
         self.mixer_norm = make_norm(layer.norm, width)
         self.ffn = make_ffn(layer.ffn, width, layer.hidden)
         one_norm = self.ffn is None or layer.residual.type == "parallel"

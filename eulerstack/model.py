@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from .block import Block
 from .kernels.precision import wide
+from .kernels.provider import Target
+from .kernels.select import check_name
 from .layers.norm import make_norm
 from .segments import Segments
 from .spec import StackSpec, dump, expand
@@ -27,13 +29,13 @@ class Stack(nn.Module):
     layers. The four agree to rounding.
     """
 
-    def __init__(self, spec: StackSpec, kernels: str = "auto") -> None:
+    def __init__(self, spec: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width, vocab = spec.model.d_model, spec.model.vocab_size
         self.spec = spec
         layers = expand(spec)
         self.embedding = nn.Embedding(vocab, width)
-        self.layers = nn.ModuleList(Block(layer, spec, kernels) for layer in layers)
+        self.layers = nn.ModuleList(Block(layer, spec, target) for layer in layers)
         self.norm = make_norm(layers[-1].norm, width)
         self.head = None if spec.tied else nn.Linear(width, vocab, bias=False)
 
@@ -204,8 +206,9 @@ def build(
     dtype = DTYPES[spec.model.dtype] if dtype is None else dtype
     if dtype not in (*DTYPES.values(), torch.float64):
         raise ValueError(f"dtype = {dtype!r}: give torch.float32, torch.bfloat16, torch.float16 or torch.float64")
+    check_name(kernels)
     with torch.device("meta"):
-        stack = Stack(spec, kernels)
+        stack = Stack(spec, Target(kernels, torch.device(device).type, dtype))
     stack.to(dtype)
     if torch.device(device).type != "meta":
         stack.to_empty(device=device).reset_parameters()

@@ -7,7 +7,7 @@ positions once a call and hands the same object to every mixer; mixers never cou
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,11 @@ class Segments:
         same = (label[:, :, None] == label[:, None, :]) & (label >= 0)[:, :, None]
         return same.tril()
 
+    def documents(self, batch: int) -> "Documents":
+        """The real tokens of all documents, one document after the other."""
+        assert self.position is not None
+        return self.once("documents", lambda: _documents(self, batch))  # type: ignore[no-any-return]
+
     def ends(self, start: Tensor) -> Tensor:
         """[B] int64: tokens of the row's last document seen so far; `start` where the row is all padding."""
         assert self.position is not None
@@ -167,6 +172,29 @@ class Segments:
             raise ValueError(
                 "segments.real has a hole: the real tokens of a row must be contiguous (pad left or right)"
             )
+
+
+class Documents(NamedTuple):
+    """N documents of a batch, `total` real tokens in all, without padding."""
+
+    place: Tensor  # [total] int64, each token's place in the flattened [B * T]
+    bounds: Tensor  # [N + 1] int64, document n is place[bounds[n] : bounds[n + 1]]
+    row: Tensor  # [N] int64, the row it stands in
+    incoming: Tensor  # [N] bool, whether it continues the row's state
+    last: Tensor  # [B] int64, the row's last document; -1 in a row of padding
+
+
+def _documents(segments: Segments, batch: int) -> Documents:
+    assert segments.position is not None
+    tokens, device = segments.position.shape[1], segments.position.device
+    label = torch.zeros(batch, tokens, dtype=torch.int64, device=device) if segments.plain else segments.label
+    begins = (label >= 0) & (label != torch.nn.functional.pad(label, (1, 0), value=-1)[:, :-1])
+    starts, place = begins.flatten().nonzero()[:, 0], (label >= 0).flatten().nonzero()[:, 0]
+    rank = (label >= 0).flatten().cumsum(0) - 1
+    bounds = torch.cat([rank[starts], rank.new_full((1,), place.numel())])
+    row = starts // max(tokens, 1)
+    last = torch.full((batch,), -1, device=device).scatter_reduce(0, row, torch.arange(len(row), device=device), "amax")
+    return Documents(place, bounds, row, label.flatten()[starts] == 0, last)
 
 
 def pack_mask(lengths: Tensor, tokens: int, left: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ over those tensors. A state handed to `chunkwise` or `recurrent` is consumed: us
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -22,13 +22,14 @@ FORMAT = 1
 class LayerState:
     """Base of every layer's state: a frozen dataclass whose fields are tensors [B, ...]."""
 
-    KINDS: ClassVar[dict[str, str]] = {}  # field -> KV, retention, SSM or conv
+    KINDS: ClassVar[dict[str, str]] = {}  # field -> kind
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        named = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of KV, retention, SSM and conv state."""
+        """Bytes of each kind of state."""
         count: Counter[str] = Counter()
         for name, tensor in self.tensors().items():
             count[self.KINDS[name]] += tensor.numel() * tensor.element_size()
@@ -48,32 +49,51 @@ class LayerState:
 
 
 @dataclass(frozen=True)
-class KVState(LayerState):
-    """Keys and values [B, S, Hkv, K]: the token at position p is in slot p % S.
+class RingState(LayerState):
+    """Caches of S slots, [B, S, ...]: the token at position p is in slot p % S.
 
-    `window` is how many of them a query sees (None: all that S slots hold). A ring of S > window slots can be rolled
+    `window` is how many tokens a query sees (None: all that S slots hold). A ring of S > window slots can be rolled
     back by S - window.
     """
 
-    KINDS: ClassVar[dict[str, str]] = {"keys": "KV", "values": "KV"}
-    keys: Tensor
-    values: Tensor
-    window: int | None = None
+    window: int | None = field(default=None, kw_only=True)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"keys": self.keys, "values": self.values}
+    @property
+    def slots(self) -> int:
+        return next(iter(self.tensors().values())).shape[1]
 
     @property
     def bounded(self) -> bool:
         return self.window is None
 
     def rewindable(self, tokens: int) -> bool:
-        return self.window is None or tokens <= self.keys.shape[1] - self.window
+        return self.window is None or tokens <= self.slots - self.window
+
+
+@dataclass(frozen=True)
+class KVState(RingState):
+    """keys and values [B, S, Hkv, K]."""
+
+    KINDS: ClassVar[dict[str, str]] = {"keys": "KV", "values": "KV"}
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class LatentState(RingState):
+    """latent [B, S, L], from which keys and values are made, and the rotated key [B, S, R] that all heads share."""
+
+    KINDS: ClassVar[dict[str, str]] = {"latent": "latent", "rotated": "latent"}
+    latent: Tensor
+    rotated: Tensor
 
 
 @dataclass(frozen=True)
 class RetentionState(LayerState):
-    """The decayed sum of k^T v: kv [B, H, K, V], unscaled, at least float32."""
+    """The decayed sum of k^T v: kv [B, H, K, V], unscaled, at least float32.
+
+    Normalised linear attention keeps the sum of its keys as one more value channel.
+    """
 
     KINDS: ClassVar[dict[str, str]] = {"kv": "retention"}
     kv: Tensor
@@ -81,11 +101,41 @@ class RetentionState(LayerState):
 
 @dataclass(frozen=True)
 class SSMState(LayerState):
-    """ssm [B, H, P, N], at least float32; conv [B, W-1, channels], the last inputs of the short convolution."""
+    """ssm [B, H, P, N] (Mamba-1: [B, D, N]), at least float32; conv [B, W-1, D], the convolution's last inputs."""
 
     KINDS: ClassVar[dict[str, str]] = {"ssm": "SSM", "conv": "conv"}
     ssm: Tensor
     conv: Tensor
+
+
+@dataclass(frozen=True)
+class WKVState(LayerState):
+    """RWKV's sums, each [B, D] and at least float32, scaled by exp(-top); shift [B, 1, D], the last input.
+
+    Where weight is zero nothing was summed yet, whatever top says.
+    """
+
+    KINDS: ClassVar[dict[str, str]] = {"total": "WKV", "weight": "WKV", "top": "WKV", "shift": "conv"}
+    total: Tensor
+    weight: Tensor
+    top: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class HistoryState(LayerState):
+    """Hyena's past: inputs [B, S, depth, D] of the long convolutions, the token at position p in slot p.
+
+    conv [B, W-1, (depth + 1) D] holds the short convolution's last inputs.
+    """
+
+    KINDS: ClassVar[dict[str, str]] = {"inputs": "history", "conv": "conv"}
+    inputs: Tensor
+    conv: Tensor
+
+    @property
+    def bounded(self) -> bool:
+        return True
 
 
 class Stateful(Protocol):
@@ -127,7 +177,7 @@ class StackState:
         return sum(self.bytes_by_kind().values())
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of KV, retention, SSM and conv state."""
+        """Bytes of each kind of state."""
         count: Counter[str] = Counter()
         for layer in self.layers:
             count.update(layer.bytes_by_kind())
@@ -228,9 +278,9 @@ class StackState:
 
 
 def _why_not(layer: LayerState) -> str:
-    if isinstance(layer, KVState):
+    if isinstance(layer, RingState):
         return (
-            f"keeps a window of {layer.window} tokens in {layer.keys.shape[1]} slots; "
+            f"keeps a window of {layer.window} tokens in {layer.slots} slots; "
             "make the state with init_state(..., rollback=N)"
         )
     kinds = " and ".join(sorted(set(layer.KINDS.values())))

@@ -1,36 +1,77 @@
-"""Which provider serves an operation: chosen once, when a mixer is built, by name or `auto`."""
+"""Which provider serves an operation: chosen once, when a mixer is built, by name or `auto`, with the reason."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from importlib import import_module
+from typing import Any, NamedTuple
 
-from .attention import torch as attention_torch
-from .conv import torch as conv_torch
-from .retention import torch as retention_torch
-from .ssd import torch as ssd_torch
+from .provider import Provider, Target
 
-Kernel = Callable[..., Any]
-Served = TypeVar("Served")
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    "attention": ("torch",),
+    "conv": ("torch",),
+    "retention": ("torch",),
+    "ssd": ("torch",),
+}
+"""Operation -> its providers, the fastest first; each is a file, kernels/<operation>/<provider>.py."""
 
-
-class Forms(NamedTuple):
-    """An operation that has the three forms."""
-
-    parallel: Kernel
-    chunkwise: Kernel
-    recurrent: Kernel
+GPU_ONLY = frozenset({"fla", "flash_attn", "mamba_ssm", "causal_conv1d"})
 
 
-ATTENTION: dict[str, Kernel] = {"torch": attention_torch.attend}
-CONV: dict[str, Kernel] = {"torch": conv_torch.convolve}
-RETENTION = {"torch": Forms(retention_torch.parallel, retention_torch.chunkwise, retention_torch.recurrent)}
-SSD = {"torch": Forms(ssd_torch.parallel, ssd_torch.chunkwise, ssd_torch.recurrent)}
+class Choice(NamedTuple):
+    """The kernels that serve an operation, and why they and no others."""
+
+    operation: str
+    provider: str
+    kernels: Any
+    reason: str
 
 
-def select(providers: dict[str, Served], name: str) -> Served:
-    """The kernels of a provider; `auto` takes the fastest that can run here.
+def select(operation: str, target: Target, needs: frozenset[str] = frozenset()) -> Choice:
+    """The provider asked for, or with `auto` the fastest that can serve.
 
-    Raises ValueError for a provider that this version does not have.
+    A name that has no kernels for this operation leaves it to `auto`. Raises ValueError where the provider asked for
+    cannot serve.
     """
-    if name != "auto" and name not in providers:
-        raise ValueError(f"kernels={name!r}: there is no such provider; use one of {', '.join(['auto', *providers])}")
-    return providers["torch" if name == "auto" else name]
+    names = PROVIDERS[operation]
+    if target.kernels in names:
+        return _asked_for(operation, target, needs)
+    refusals: list[str] = []
+    for name in names:
+        reason = _too_early(name, target) or _why_not(operation, name, target, needs)
+        if reason is None:
+            return Choice(operation, name, _load(operation, name).kernels, "; ".join(refusals) or "the fastest here")
+        refusals.append(f"{name}: {reason}")
+    raise ValueError(f"no provider can serve {operation}: {'; '.join(refusals)}")
+
+
+def check_name(kernels: str) -> None:
+    """Raises ValueError for a name that is no provider's."""
+    known = sorted({name for names in PROVIDERS.values() for name in names})
+    if kernels not in ("auto", *known):
+        raise ValueError(f"kernels={kernels!r}: there is no such provider; use one of {', '.join(['auto', *known])}")
+
+
+def _asked_for(operation: str, target: Target, needs: frozenset[str]) -> Choice:
+    name = target.kernels
+    reason = _why_not(operation, name, target, needs)
+    if reason is not None:
+        raise ValueError(f"kernels={name!r} cannot serve {operation}: {reason}; use kernels='auto'")
+    return Choice(operation, name, _load(operation, name).kernels, "asked for")
+
+
+def _too_early(name: str, target: Target) -> str | None:
+    """What is known without the seconds that importing a GPU library takes."""
+    return "runs on a GPU only" if name in GPU_ONLY and target.device in ("cpu", "meta") else None
+
+
+def _why_not(operation: str, name: str, target: Target, needs: frozenset[str]) -> str | None:
+    try:
+        return _load(operation, name).refuses(target, needs)
+    except ModuleNotFoundError as error:
+        return f"{(error.name or '').partition('.')[0]} is not installed"
+    except ImportError as error:
+        return f"does not import ({error})"
+
+
+def _load(operation: str, name: str) -> Provider:
+    provider: Provider = import_module(f".{operation}.{name}", __package__).PROVIDER
+    return provider

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..spec import AttentionSpec, MambaSpec, MixerSpec, RetNetSpec, StackSpec
+from ..kernels.provider import Target
+from ..spec import AttentionSpec, Mamba2Spec, MixerSpec, RetNetSpec, StackSpec
 from .attention import Attention
 from .base import Mixer
 from .mamba2 import Mamba2
@@ -11,14 +12,14 @@ from .retention import Retention
 
 MIXERS: dict[type[MixerSpec], Callable[..., Mixer[Any]]] = {
     AttentionSpec: Attention,
-    MambaSpec: Mamba2,
+    Mamba2Spec: Mamba2,
     RetNetSpec: Retention,
 }
 
 
-def make_mixer(spec: MixerSpec, stack: StackSpec, kernels: str = "auto") -> Mixer[Any]:
+def make_mixer(spec: MixerSpec, stack: StackSpec, target: Target = Target()) -> Mixer[Any]:
     """The mixer a spec names, for the widths of its stack."""
-    return MIXERS[type(spec)](spec, stack, kernels)
+    return MIXERS[type(spec)](spec, stack, target)
 
 
 __all__ = ["MIXERS", "Attention", "Mamba2", "Mixer", "Retention", "make_mixer"]

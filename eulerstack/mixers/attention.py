@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.select import ATTENTION, select
+from ..kernels.provider import Target
+from ..kernels.select import select
 from ..layers.ffn import init_linear
 from ..layers.rope import phases, rotate
 from ..segments import Segments
@@ -19,14 +20,15 @@ class Attention(Mixer[KVState]):
     With a window w a token sees itself and the w - 1 tokens before it, and the cache keeps no more.
     """
 
-    def __init__(self, spec: AttentionSpec, stack: StackSpec, kernels: str = "auto") -> None:
+    def __init__(self, spec: AttentionSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         model = stack.model
         self.heads, self.kv_heads = model.n_heads, model.kv_heads
         self.key_dim = model.d_model // self.heads
         self.window = spec.window
         self.theta = stack.embedding.rope_theta if stack.embedding.positional == "rope" else None
-        self.attend = select(ATTENTION, kernels)
+        self.choices = (select("attention", target),)
+        self.attend = self.choices[0].kernels
         kv_width = self.kv_heads * self.key_dim
         self.q_proj = nn.Linear(model.d_model, model.d_model, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(model.d_model, kv_width, bias=spec.qkv_bias)
@@ -132,7 +134,7 @@ class Attention(Mixer[KVState]):
         """The cache with the tokens of each row's last document in their slots."""
         write = _write_plain if segments.plain else _write_ragged
         keys, values = (write(a, b.to(a.dtype), segments) for a, b in ((state.keys, k), (state.values, v)))
-        return KVState(keys, values, state.window)
+        return KVState(keys, values, window=state.window)
 
     def init_state(
         self,
@@ -149,7 +151,7 @@ class Attention(Mixer[KVState]):
         shape = (batch, slots, self.kv_heads, self.key_dim)
         empty = torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype)
         window = self.window if slots == ring else None  # a cache too short for the window holds every token
-        return KVState(empty, empty.clone(), window)
+        return KVState(empty, empty.clone(), window=window)
 
     def flops(self, tokens: int) -> int:
         """Scores and sums over the keys that each query sees."""

@@ -18,6 +18,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.select import Choice
 from ..segments import Segments
 from ..state import LayerState
 
@@ -32,6 +33,7 @@ class Mixer(nn.Module, ABC, Generic[S]):
     """
 
     grows: ClassVar[bool] = False  # whether the state needs room for every token
+    choices: tuple[Choice, ...] = ()  # the kernels it was built with, and why
 
     @abstractmethod
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.precision import wide
-from ..kernels.select import CONV, SSD, select
+from ..kernels.provider import Target
+from ..kernels.select import select
 from ..layers.ffn import init_linear
 from ..layers.norm import RMSNorm
 from ..segments import Segments
-from ..spec import MambaSpec, StackSpec
+from ..spec import Mamba2Spec, StackSpec
 from ..state import SSMState
 from .base import FullPrecision, Mixer, check_one_token, checked, continued, matmul_flops, placed
 
@@ -45,11 +46,12 @@ class Scan(FullPrecision):
 class Mamba2(Mixer[SSMState]):
     """z, x, B, C and dt are projected by weights stored apart, so that heads can be split across devices."""
 
-    def __init__(self, spec: MambaSpec, stack: StackSpec, kernels: str = "auto") -> None:
+    def __init__(self, spec: Mamba2Spec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width = stack.model.d_model
         self.spec = spec
-        self.ssd, self.conv = select(SSD, kernels), select(CONV, kernels)
+        self.choices = (select("ssd", target), select("conv", target))
+        self.ssd, self.conv = (choice.kernels for choice in self.choices)
         inner, shared = spec.inner_width(width), spec.n_groups * spec.d_state
         self.heads = inner // spec.head_dim
         self.z_proj = nn.Linear(width, inner, bias=False)

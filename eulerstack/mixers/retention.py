@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.precision import wide
-from ..kernels.select import RETENTION, select
+from ..kernels.provider import Target
+from ..kernels.select import select
 from ..layers.ffn import init_linear
 from ..layers.norm import layer_norm
 from ..layers.rope import phases, rotate
@@ -31,11 +32,12 @@ def log_gamma(schedule: str, heads: int, device: torch.device | str | None = Non
 class Retention(Mixer[RetentionState]):
     """MSR(x) = (swish(x Wg) * GroupNorm(heads)) Wo; 1 / sqrt(K) is on q, so that the state is unscaled."""
 
-    def __init__(self, spec: RetNetSpec, stack: StackSpec, kernels: str = "auto") -> None:
+    def __init__(self, spec: RetNetSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width, self.heads = stack.model.d_model, stack.model.n_heads
         self.spec, self.theta = spec, stack.embedding.rope_theta
-        self.ops = select(RETENTION, kernels)
+        self.choices = (select("retention", target),)
+        self.ops = self.choices[0].kernels
         value = spec.value_width(width)
         self.key_dim, self.value_dim = width // self.heads, value // self.heads
         self.q_proj = nn.Linear(width, width, bias=False)

@@ -3,16 +3,26 @@
 from .check import unused_templates
 from .errors import Problem, SpecError
 from .expand import LayerSpec, expand
-from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, NoFFN
+from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
 from .load import dump, from_data, load, loads, presets, schema, with_hints
-from .mixers import AttentionSpec, MambaSpec, MixerSpec, RetNetSpec
+from .mixers import (
+    AttentionSpec,
+    HyenaSpec,
+    LinearAttentionSpec,
+    Mamba1Spec,
+    Mamba2Spec,
+    MixerSpec,
+    RetNetSpec,
+    RWKVSpec,
+)
 from .stack import (
     ByteTokenizer,
     EmbeddingSpec,
     HeadSpec,
     HFTokenizer,
     ModelSpec,
+    RopeScalingSpec,
     ScheduleEntry,
     StackSpec,
     TrainingHints,
@@ -26,18 +36,24 @@ __all__ = [
     "GatedMLPSpec",
     "HFTokenizer",
     "HeadSpec",
+    "HyenaSpec",
     "KeepSpec",
     "LayerSpec",
     "LayerTemplate",
+    "LinearAttentionSpec",
     "MLPSpec",
-    "MambaSpec",
+    "Mamba1Spec",
+    "Mamba2Spec",
     "MixerSpec",
+    "MoEFFNSpec",
     "ModelSpec",
     "NoFFN",
     "NormSpec",
     "Problem",
+    "RWKVSpec",
     "ResidualSpec",
     "RetNetSpec",
+    "RopeScalingSpec",
     "ScheduleEntry",
     "SpecError",
     "StackSpec",

@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import Problem
 from .ffn import NoFFN
-from .mixers import AttentionMixer, MambaMixer, MambaSpec, RetNetMixer
+from .mixers import AttentionMixer, Mamba2Spec, MambaMixer, RetNetMixer
 
 if TYPE_CHECKING:
     from .layer import LayerTemplate
@@ -104,11 +104,11 @@ def _mixer(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[P
             message = f"values of {wanted:g} channels cannot be split over {heads} heads"
             fix = "choose value_expand so that value_expand * d_model is a multiple of n_heads"
             yield _problem(f"{key}.mixer.retnet.value_expand", message, fix)
-    if isinstance(mixer, MambaMixer):
+    if isinstance(mixer, MambaMixer) and isinstance(mixer.mamba, Mamba2Spec):
         yield from _mamba(mixer.mamba, width, f"{key}.mixer.mamba")
 
 
-def _mamba(mamba: MambaSpec, width: int, key: str) -> Iterator[Problem]:
+def _mamba(mamba: Mamba2Spec, width: int, key: str) -> Iterator[Problem]:
     inner = mamba.inner_width(width)
     yield from _divides(f"{key}.head_dim", mamba.head_dim, "expand * d_model", inner)
     if inner % mamba.head_dim == 0:
@@ -127,7 +127,7 @@ def _ffn(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Pro
 
 def _state(template: "LayerTemplate", key: str) -> Iterator[Problem]:
     mixer, state = template.mixer.type, template.state
-    kept, other = ("ssm_state", "kv_cache") if mixer == "mamba" else ("kv_cache", "ssm_state")
+    kept, other = ("ssm_state", "kv_cache") if mixer in ("mamba", "rwkv") else ("kv_cache", "ssm_state")
     if getattr(state, other) is not None:
         message = f"a {mixer} mixer has no {other}"
         yield _problem(f"{key}.state.{other}", message, f"remove it, or write {kept}")

@@ -27,10 +27,48 @@ class GatedMLPSpec(Block):
     mlp_ratio: Ratio | None = None
 
 
+class BiasCorrectionSpec(Block):
+    """Balance without a loss: a bias a router output, moved by update_rate after each optimizer step."""
+
+    enabled: bool = True
+    update_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+
+
+class MoESpec(Block):
+    """A router picks top_k of `experts`; shared_experts serve every token.
+
+    `softmax` weighs the chosen experts by a softmax over their logits, `sigmoid` by sigmoids that sum to one. Tokens
+    are never dropped.
+    """
+
+    experts: Annotated[int, Field(ge=1, le=4096)] = 8
+    top_k: Annotated[int, Field(ge=1, le=4096)] = 2
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    shared_experts: Annotated[int, Field(ge=0, le=64)] = 0
+    load_balance_coef: Annotated[float, Field(ge=0, le=100)] = 0.01
+    z_loss: Annotated[float, Field(ge=0, le=100)] = 0.0
+    bias_correction: BiasCorrectionSpec | None = None
+
+    @property
+    def bias_rate(self) -> float | None:
+        """Step of the balancing bias; None without one."""
+        correction = self.bias_correction
+        return correction.update_rate if correction is not None and correction.enabled else None
+
+
+class MoEFFNSpec(Block):
+    """A mixture of gated experts, each mlp_ratio * d_model wide."""
+
+    type: Literal["moe"]
+    activation: Literal["swiglu", "geglu", "reglu"] = "swiglu"
+    mlp_ratio: Ratio | None = None
+    moe: MoESpec = MoESpec()
+
+
 class NoFFN(Block):
     """The layer is its mixer alone."""
 
     type: Literal["none"]
 
 
-FFNSpec = Annotated[MLPSpec | GatedMLPSpec | NoFFN, Field(discriminator="type")]
+FFNSpec = Annotated[MLPSpec | GatedMLPSpec | MoEFFNSpec | NoFFN, Field(discriminator="type")]

@@ -10,10 +10,10 @@ from .mixers import AnyMixer
 
 
 class NormSpec(Block):
-    """`pre` norms the input of a sublayer, `post` the sum after it."""
+    """`pre` norms the input of a sublayer, `post` the sum after it, `sandwich` its input and its output."""
 
     type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    position: Literal["pre", "post"] = "pre"
+    position: Literal["pre", "post", "sandwich"] = "pre"
 
 
 class ResidualSpec(Block):
@@ -25,7 +25,7 @@ class ResidualSpec(Block):
 
 class KeepSpec(Block):
     """What the template keeps at inference (the YAML's `state`): true asserts it, false makes the incremental forms
-    refuse, unset infers it from the mixer. kv_cache speaks of attention and retnet, ssm_state of mamba."""
+    refuse, unset infers it from the mixer. ssm_state speaks of mamba and rwkv, kv_cache of the others."""
 
     kv_cache: bool | None = None
     ssm_state: bool | None = None

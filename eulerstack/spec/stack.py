@@ -48,12 +48,27 @@ class HFTokenizer(Block):
     add_eos: bool = False
 
 
+class RopeScalingSpec(Block):
+    """Rotary positions for contexts `factor` times as long as original_max_seq_len (max_seq_len / factor by default).
+
+    `linear` divides positions, `ntk` raises theta, `yarn` divides slow channels, keeps fast ones and scales logits.
+    """
+
+    type: Literal["linear", "ntk", "yarn"]
+    factor: Annotated[float, Field(ge=1, le=1e6)]
+    original_max_seq_len: Positive | None = None
+
+
 class EmbeddingSpec(Block):
-    """Learned token embeddings. `positional` is attention's; a retnet turns by its own `rope`. Both use rope_theta."""
+    """Learned token embeddings. `positional` is attention's; a retnet turns by its own `rope`.
+
+    Both use rope_theta and rope_scaling.
+    """
 
     type: Literal["learned"] = "learned"
-    positional: Literal["rope", "none"] = "rope"
+    positional: Literal["rope", "none", "alibi"] = "rope"
     rope_theta: Annotated[float, Field(gt=1, le=1e12)] = 10000.0
+    rope_scaling: RopeScalingSpec | None = None
     tie_word_embeddings: bool = True
 
 

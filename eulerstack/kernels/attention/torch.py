@@ -3,6 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..provider import Provider, anywhere
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """q [B, T, H, K] over k, v [B, S, Hkv, K]; visible [B or 1, T, S] bool, or None for plain causal (S = T).
@@ -18,3 +20,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return y.transpose(1, 2)
+
+
+PROVIDER = Provider(attend, anywhere)

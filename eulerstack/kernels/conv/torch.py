@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from ...segments import Segments
+from ..provider import Provider, anywhere
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -89,3 +90,6 @@ def _before(state: Tensor, lag: int, tokens: int) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((0, 1))
+
+
+PROVIDER = Provider(convolve, anywhere)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ...segments import Segments
 from ..precision import wide, without_autocast
+from ..provider import Forms, Provider, anywhere
 
 
 @without_autocast
@@ -179,3 +180,6 @@ def _by_group(heads: Tensor, scores: Tensor) -> Tensor:
     """[B, n, H, C, C] as [B, n, G, R, C, C]."""
     grouped: Tensor = heads.unflatten(2, (scores.shape[2], -1))
     return grouped
+
+
+PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), anywhere)

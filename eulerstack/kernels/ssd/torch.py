@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...segments import Segments
 from ..precision import wide
+from ..provider import Forms, Provider, anywhere
 from ..retention import torch as retention
 
 
@@ -36,3 +37,6 @@ def _retained(x: Tensor, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """v and log decay."""
     dtype = wide(x.dtype)
     return x.to(dtype) * dt.to(dtype)[..., None], dt.double() * A.double()
+
+
+PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), anywhere)

@@ -1,0 +1,41 @@
+"""What a provider of kernels is, and what is asked of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a stack will run (device type, dtype), and whose kernels it asks for: a provider's name or `auto`."""
+
+    kernels: str = "auto"
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+class Forms(NamedTuple):
+    """An operation that has the three forms."""
+
+    parallel: Kernel
+    chunkwise: Kernel
+    recurrent: Kernel
+
+
+class Provider(NamedTuple):
+    """Kernels of one operation; `refuses(target, needs)` says why they cannot serve, or None.
+
+    `needs` are the parts of the operation beyond the plain one, such as a soft-cap.
+    """
+
+    kernels: Any
+    refuses: Callable[[Target, frozenset[str]], str | None]
+
+
+def anywhere(target: Target, needs: frozenset[str]) -> str | None:
+    """The reference's answer: it serves everything."""
+    return None
