@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.provider import Target
-from .layers.ffn import init_ffn, make_ffn
-from .layers.norm import make_norm
+from .layers.channels import ffn_flops, init_ffn, make_ffn
+from .layers.moe import MoE, Routing
+from .layers.norm import Norm, make_norm
 from .mixers import Mixer, make_mixer
-from .mixers.base import matmul_flops
 from .segments import Segments
 from .spec import LayerSpec, StackSpec
 from .state import LayerState
@@ -18,68 +18,91 @@ Mix = Callable[[Tensor], tuple[Tensor, LayerState | None]]
 
 
 class Block(nn.Module):
-    """x + scaling * mixer(norm x), then x + scaling * ffn(norm x), in the order the layer's spec names."""
+    """x + scaling * mixer(norm x), then x + scaling * ffn(norm x), in the order the layer's spec names.
+
+    Whole sequences also return how a mixture of experts routed them, for the training loss.
+    """
 
     def __init__(self, layer: LayerSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width = stack.model.d_model
         self.layer = layer
         self.mixer: Mixer[LayerState] = make_mixer(layer.mixer, stack, target)
-        self.mixer_norm = make_norm(layer.norm, width)
         self.ffn = make_ffn(layer.ffn, width, layer.hidden)
         one_norm = self.ffn is None or layer.residual.type == "parallel"
+        sandwich = layer.norm.position == "sandwich"
+        self.mixer_norm = make_norm(layer.norm, width)
+        self.mixer_out_norm = make_norm(layer.norm, width) if sandwich else None
         self.ffn_norm = None if one_norm else make_norm(layer.norm, width)
+        self.ffn_out_norm = make_norm(layer.norm, width) if sandwich and not one_norm else None
 
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        return self._run(x, lambda h: (self.mixer(h, segments), None))[0]
+    def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
+        y, _, routing = self._run(x, segments, lambda h: (self.mixer(h, segments), None))
+        return y, routing
 
-    def parallel(self, x: Tensor, segments: Segments) -> Tensor:
-        return self._run(x, lambda h: (self.mixer.parallel(h, segments), None))[0]
+    def parallel(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
+        y, _, routing = self._run(x, segments, lambda h: (self.mixer.parallel(h, segments), None))
+        return y, routing
 
     def chunkwise(
         self, x: Tensor, state: LayerState, segments: Segments, chunk_size: int | None = None
     ) -> tuple[Tensor, LayerState]:
-        y, after = self._run(x, lambda h: self.mixer.chunkwise(h, state, segments, chunk_size=chunk_size))
+        def mix(h: Tensor) -> tuple[Tensor, LayerState]:
+            return self.mixer.chunkwise(h, state, segments, chunk_size=chunk_size)
+
+        y, after, _ = self._run(x, segments, mix)
         assert after is not None
         return y, after
 
     def recurrent(self, x: Tensor, state: LayerState, segments: Segments) -> tuple[Tensor, LayerState]:
-        y, after = self._run(x, lambda h: self.mixer.recurrent(h, state, segments))
+        y, after, _ = self._run(x, segments, lambda h: self.mixer.recurrent(h, state, segments))
         assert after is not None
         return y, after
 
-    def _run(self, x: Tensor, mix: Mix) -> tuple[Tensor, LayerState | None]:
+    def _run(self, x: Tensor, segments: Segments, mix: Mix) -> tuple[Tensor, LayerState | None, Routing | None]:
         """The layer around any form of its mixer."""
-        pre = self.layer.norm.position == "pre"
-        h = self.mixer_norm(x) if pre else x
+        post, routing = self.layer.norm.position == "post", None
+        h = x if post else self.mixer_norm(x)
         mixed, state = mix(h)
-        if self.ffn is not None and self.layer.residual.type == "parallel":
-            mixed = mixed + self.ffn(h)
-        x = self._add(x, mixed)
-        if not pre:
-            x = self.mixer_norm(x)
-        return self._then_ffn(x, pre), state
+        if self.layer.residual.type == "parallel":
+            more, routing = self._channels(h, segments)
+            mixed = mixed if more is None else mixed + more
+        x = self._added(x, mixed, self.mixer_norm, self.mixer_out_norm)
+        if self.ffn_norm is not None:
+            h = x if post else self.ffn_norm(x)
+            more, routing = self._channels(h, segments)
+            assert more is not None
+            x = self._added(x, more, self.ffn_norm, self.ffn_out_norm)
+        return x, state, routing
 
-    def _then_ffn(self, x: Tensor, pre: bool) -> Tensor:
-        if self.ffn is None or self.ffn_norm is None:
-            return x
-        if pre:
-            return self._add(x, self.ffn(self.ffn_norm(x)))
-        y: Tensor = self.ffn_norm(self._add(x, self.ffn(x)))
-        return y
+    def _channels(self, h: Tensor, segments: Segments) -> tuple[Tensor | None, Routing | None]:
+        """The channel mixer, if there is one."""
+        if isinstance(self.ffn, MoE):
+            mixed: tuple[Tensor, Routing] = self.ffn(h, segments.real)
+            return mixed
+        return None if self.ffn is None else self.ffn(h), None
 
-    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+    def _added(self, x: Tensor, y: Tensor, norm: Norm, out_norm: Norm | None) -> Tensor:
+        """The residual stream with y in it; `norm` is the sublayer's own, applied after the sum where it is `post`."""
         scaling = self.layer.residual.scaling
-        return x + y if scaling == 1.0 else torch.add(x, y, alpha=scaling)
+        y = y if out_norm is None else out_norm(y)
+        total = x + y if scaling == 1.0 else torch.add(x, y, alpha=scaling)
+        return norm(total) if self.layer.norm.position == "post" else total
 
     def flops(self, tokens: int) -> int:
         """Forward FLOPs of one sequence of `tokens`."""
-        return self.mixer.flops(tokens) + (0 if self.ffn is None else matmul_flops(self.ffn, tokens))
+        return self.mixer.flops(tokens) + ffn_flops(self.ffn, tokens)
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters that a token does not use: experts that are not chosen."""
+        ffn = self.ffn
+        return sum(p.numel() for p in ffn.parameters()) - ffn.active_parameters if isinstance(ffn, MoE) else 0
 
     def reset_parameters(self, out_scale: float) -> None:
         self.mixer.reset_parameters(out_scale)
-        self.mixer_norm.reset_parameters()
+        for norm in (self.mixer_norm, self.mixer_out_norm, self.ffn_norm, self.ffn_out_norm):
+            if norm is not None:
+                norm.reset_parameters()
         if self.ffn is not None:
             init_ffn(self.ffn, out_scale)
-        if self.ffn_norm is not None:
-            self.ffn_norm.reset_parameters()

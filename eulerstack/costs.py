@@ -22,7 +22,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parameters (shared ones counted once), forward FLOPs and state bytes of a stack."""
+    """Parameters (shared ones counted once; active: what a token uses), forward FLOPs and state bytes of a stack."""
 
     stack: Stack
     parameters: int
@@ -46,8 +46,9 @@ def estimate(spec: StackSpec) -> Estimate:
     """Count a stack without its memory. A template that keeps no state counts no state bytes."""
     stack = build(spec, device="meta")
     count = sum(p.numel() for p in stack.parameters())
+    idle = sum(block.idle_parameters for block in stack.blocks)
     layers = tuple(_layer_cost(stack, index) for index in range(len(stack.blocks)))
-    return Estimate(stack, count, count, layers)
+    return Estimate(stack, count, count - idle, layers)
 
 
 def _layer_cost(stack: Stack, index: int) -> LayerCost:

@@ -12,9 +12,10 @@ from .block import Block
 from .kernels.precision import wide
 from .kernels.provider import Target
 from .kernels.select import check_name
+from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
 from .segments import Segments
-from .spec import StackSpec, dump, expand
+from .spec import MoEFFNSpec, StackSpec, dump, expand
 from .state import LayerState, StackState
 
 EMBEDDING_STD = 0.02
@@ -49,11 +50,11 @@ class Stack(nn.Module):
         return any(block.mixer.grows for block in self.blocks)
 
     def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
-        return self._sequence(tokens, segments, Block.__call__)
+        return self._logits(self._sequence(tokens, segments, Block.__call__)[0])
 
     def parallel(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """Every mixer in its parallel form, whatever its spec names."""
-        return self._sequence(tokens, segments, Block.parallel)
+        return self._logits(self._sequence(tokens, segments, Block.parallel)[0])
 
     def chunkwise(
         self,
@@ -109,12 +110,35 @@ class Stack(nn.Module):
     def losses(
         self, tokens: Tensor, targets: Tensor, segments: Segments | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total training loss and its named parts; targets of -100 do not count."""
-        logits = self(tokens, segments)
+        """The total training loss and its named parts; targets of -100 do not count.
+
+        The total is the sum of the scalar parts. `router_load/LAYER` [E] counts what each expert was chosen for.
+        """
+        x, routings = self._sequence(tokens, segments, Block.__call__)
+        logits = self._logits(x)
         scores = logits.flatten(0, 1).to(wide(logits.dtype))
         total = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         cross_entropy = total / (targets != IGNORED).sum().clamp(min=1)
-        return cross_entropy, {"cross_entropy": cross_entropy}
+        parts = {"cross_entropy": cross_entropy, **self._router_losses(routings)}
+        loads = {f"router_load/{index}": routing.load for index, routing in routings.items()}
+        return torch.stack(list(parts.values())).sum() if routings else cross_entropy, {**parts, **loads}
+
+    def _router_losses(self, routings: dict[int, Routing]) -> dict[str, Tensor]:
+        """What the routers add to the loss, weighted by their layers' coefficients."""
+        if not routings:
+            return {}
+        specs = {index: self.blocks[index].layer.ffn for index in routings}
+        moes = {index: ffn.moe for index, ffn in specs.items() if isinstance(ffn, MoEFFNSpec)}
+        balance = [moes[i].load_balance_coef * r.balance for i, r in routings.items()]
+        z = [moes[i].z_loss * r.z for i, r in routings.items()]
+        return {"load_balance": torch.stack(balance).sum(), "router_z": torch.stack(z).sum()}
+
+    def rebalance(self, loads: dict[int, Tensor]) -> None:
+        """Move the balancing biases of routers that have one; called once an optimizer step, loads by layer."""
+        for index, load in loads.items():
+            ffn = self.blocks[index].ffn
+            if isinstance(ffn, MoE):
+                ffn.rebalance(load)
 
     def flops(self, tokens: int) -> int:
         """Forward FLOPs of one sequence of `tokens`."""
@@ -141,18 +165,24 @@ class Stack(nn.Module):
             nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
 
     def _sequence(
-        self, tokens: Tensor, segments: Segments | None, form: Callable[[Block, Tensor, Segments], Tensor]
-    ) -> Tensor:
+        self,
+        tokens: Tensor,
+        segments: Segments | None,
+        form: Callable[[Block, Tensor, Segments], tuple[Tensor, Routing | None]],
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """The residual stream after the last layer, and how each mixture of experts routed."""
         self.check_length(tokens.shape[1])
         if segments is None:
             placed = Segments.dense(tokens.shape[1], device=tokens.device)
         else:
             start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
             placed = segments.placed(start, tokens.shape[1], 0)
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = form(block, x, placed)
-        return self._logits(x)
+        x, routings = self.embedding(tokens), {}
+        for index, block in enumerate(self.blocks):
+            x, routing = form(block, x, placed)
+            if routing is not None:
+                routings[index] = routing
+        return x, routings
 
     def _step(
         self,

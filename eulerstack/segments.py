@@ -102,6 +102,17 @@ class Segments:
         same = (label[:, :, None] == label[:, None, :]) & (label >= 0)[:, :, None]
         return same.tril()
 
+    def among(self, window: int | None = None) -> Tensor:
+        """[B or 1, T, T] bool: which tokens of the call see each other, through a window if there is one."""
+        return self.once(("among", window), lambda: self._among(window))  # type: ignore[no-any-return]
+
+    def _among(self, window: int | None) -> Tensor:
+        assert self.position is not None
+        tokens, device = self.position.shape[1], self.position.device
+        causal = torch.ones(1, tokens, tokens, dtype=torch.bool, device=device).tril()
+        visible = causal if self.plain else self.together
+        return visible if window is None else visible & ~causal.tril(-window)
+
     def documents(self, batch: int) -> "Documents":
         """The real tokens of all documents, one document after the other."""
         assert self.position is not None

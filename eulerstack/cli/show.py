@@ -9,9 +9,9 @@ from rich.tree import Tree
 
 from ..costs import Estimate, LayerCost
 from ..costs import estimate as count
-from ..spec import LayerSpec, NoFFN, StackSpec, load, unused_templates
+from ..spec import LayerSpec, MoEFFNSpec, NoFFN, StackSpec, load, unused_templates
 
-KINDS = ("KV", "retention", "SSM", "conv")
+KINDS = ("KV", "latent", "history", "retention", "SSM", "WKV", "conv")
 
 
 def explain(file: str) -> None:
@@ -32,6 +32,8 @@ def estimate(file: str, batch: int, tokens: int | None) -> None:
     table.add_column("exactly", justify="right")
     table.add_column("about", justify="right")
     table.add_row("parameters", f"{cost.parameters:,}", _short(cost.parameters))
+    if cost.active_parameters != cost.parameters:
+        table.add_row("parameters a token uses", f"{cost.active_parameters:,}", _short(cost.active_parameters))
     flops = batch * cost.flops(tokens)
     table.add_row("forward FLOPs", f"{flops:,}", _short(flops))
     state = cost.state_bytes(batch, tokens)
@@ -52,7 +54,7 @@ def _tree(spec: StackSpec, cost: Estimate) -> Tree:
         f"{len(cost.layers)} layers, d_model {model.d_model}, {model.n_heads} heads of {model.kv_heads} kv"
     )
     for _, group in groupby(cost.layers, key=lambda c: c.layer.template):
-        _add_group(layers, spec, list(group))
+        _add_group(layers, spec, list(group), cost)
     tree.add(f"{cost.layers[-1].layer.norm.type}, head {model.d_model} x {model.vocab_size:,}")
     state = cost.state_bytes(1, model.max_seq_len)
     kinds = ", ".join(f"{kind} {_bytes(state[kind])}" for kind in KINDS if kind in state)
@@ -60,7 +62,7 @@ def _tree(spec: StackSpec, cost: Estimate) -> Tree:
     return tree
 
 
-def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost]) -> None:
+def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost], cost: Estimate) -> None:
     first, last, layer = group[0].layer.index, group[-1].layer.index, group[0].layer
     place = f"{first}" if first == last else f"{first}-{last}"
     costs = f"{group[0].parameters:,} parameters, {_short(group[0].flops_per_token)}FLOPs a token"
@@ -69,15 +71,25 @@ def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost]) -> None:
     each = " each" if len(group) > 1 else ""
     branch = tree.add(f"[bold]{place:>5}[/]  {escape(layer.template)}: {costs}, {state}{each}")
     branch.add(_mixer(layer))
+    for choice in cost.stack.blocks[first].mixer.choices:
+        branch.add(escape(f"kernels of {choice.operation}: {choice.provider} ({choice.reason})"))
     if not isinstance(layer.ffn, NoFFN):
-        branch.add(f"{layer.ffn.type} {layer.ffn.activation}, {spec.model.d_model} to {layer.hidden}")
+        branch.add(f"{_ffn(layer)} {layer.ffn.activation}, {spec.model.d_model} to {layer.hidden}")
     scaling = "" if layer.residual.scaling == 1 else f" x {layer.residual.scaling:g}"
     branch.add(f"{layer.norm.position}-{layer.norm.type}, {layer.residual.type} residual{scaling}")
 
 
 def _mixer(layer: LayerSpec) -> str:
     keys = ", ".join(f"{key} {_plain(value)}" for key, value in layer.mixer if value is not None)
-    return f"{layer.mixer_type}: {keys}"
+    return escape(f"{layer.mixer_type}: {keys}")
+
+
+def _ffn(layer: LayerSpec) -> str:
+    if not isinstance(layer.ffn, MoEFFNSpec):
+        return layer.ffn.type
+    moe = layer.ffn.moe
+    shared = f" and {moe.shared_experts} shared" if moe.shared_experts else ""
+    return f"moe, {moe.top_k} of {moe.experts} experts{shared},"
 
 
 def _plain(value: object) -> str:

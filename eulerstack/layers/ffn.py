@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..spec import FFNSpec, GatedMLPSpec, MLPSpec
+from ..spec import GatedMLPSpec, MLPSpec
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -79,21 +79,6 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
         return y
-
-
-def make_ffn(spec: FFNSpec, width: int, hidden: int) -> nn.Module | None:
-    """The channel mixer a spec names; None for `type: none`."""
-    if isinstance(spec, MLPSpec):
-        return MLP(spec, width, hidden)
-    if isinstance(spec, GatedMLPSpec):
-        return GatedMLP(spec, width, hidden)
-    return None
-
-
-def init_ffn(ffn: nn.Module, out_scale: float) -> None:
-    """Draw the weights anew; the projection into the residual stream is scaled by `out_scale`."""
-    for name, layer in ffn.named_children():
-        init_linear(layer, out_scale if name == "down_proj" else 1.0)
 
 
 @torch.no_grad()

@@ -7,11 +7,17 @@ from ..kernels.provider import Target
 from ..spec import AttentionSpec, Mamba2Spec, MixerSpec, RetNetSpec, StackSpec
 from .attention import Attention
 from .base import Mixer
+from .latent import LatentAttention
 from .mamba2 import Mamba2
 from .retention import Retention
 
+
+def _attention(spec: AttentionSpec, stack: StackSpec, target: Target) -> Mixer[Any]:
+    return Attention(spec, stack, target) if spec.latent_dim is None else LatentAttention(spec, stack, target)
+
+
 MIXERS: dict[type[MixerSpec], Callable[..., Mixer[Any]]] = {
-    AttentionSpec: Attention,
+    AttentionSpec: _attention,
     Mamba2Spec: Mamba2,
     RetNetSpec: Retention,
 }

@@ -106,8 +106,10 @@ class Mamba2(Mixer[SSMState]):
         return (values.unflatten(-1, (self.heads, self.spec.head_dim)), dt, -torch.exp(scan.A_log), B, C), conv
 
     def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
-        y = torch.addcmul(y, values.to(y.dtype), self.scan.D[:, None]).to(x.dtype)
-        return segments.mask(self.out_proj(self.norm(y.flatten(2) * F.silu(self.z_proj(x)))))
+        y = torch.addcmul(y, values.to(y.dtype), self.scan.D[:, None]).to(x.dtype).flatten(2)
+        gate = F.silu(self.z_proj(x))
+        y = self.norm(y) * gate if self.spec.norm_before_gate else self.norm(y * gate)
+        return segments.mask(self.out_proj(y))
 
     def init_state(
         self,

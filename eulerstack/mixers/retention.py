@@ -1,4 +1,4 @@
-"""Multi-scale retention (Sun et al. 2023, arXiv 2307.08621): linear attention with RoPE and a fixed decay a head."""
+"""Multi-scale retention (Sun et al. 2023, arXiv 2307.08621): linear attention with RoPE and a decay a head."""
 
 import math
 
@@ -11,22 +11,57 @@ from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear
 from ..layers.norm import layer_norm
-from ..layers.rope import phases, rotate
+from ..layers.rope import make_rope, phases, rotate
 from ..segments import Segments
 from ..spec import RetNetSpec, StackSpec
 from ..state import RetentionState
-from .base import Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .base import FullPrecision, Mixer, check_one_token, checked, continued, matmul_flops, placed
 
 GROUP_NORM_EPS = 1e-6
+GATE_ROOT = 16.0
 
 
-def log_gamma(schedule: str, heads: int, device: torch.device | str | None = None) -> Tensor:
-    """[H] float64 log decays: `eq8` is gamma = 1 - 2^(-5-h); `paper_runs` spaces 1 - gamma from 1/32 to 1/512."""
+def log_gamma(schedule: str | float, heads: int, device: torch.device | str | None = None) -> Tensor:
+    """[H] float64 log decays: `eq8` is gamma = 1 - 2^(-5-h); `paper_runs` spaces 1 - gamma from 1/32 to 1/512.
+
+    A number is gamma in all heads.
+    """
+    if isinstance(schedule, float):
+        return torch.full((heads,), schedule, dtype=torch.float64, device=device).log()
     if schedule == "eq8":
         forgotten = torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64, device=device))
     else:
         forgotten = torch.linspace(-math.log(32), -math.log(512), heads, dtype=torch.float64, device=device).exp()
     return torch.log1p(-forgotten)
+
+
+class Decay(nn.Module):
+    """log gamma: [H] where it is fixed or learned, [B, T, H] where each token has its own.
+
+    `gated` is sigmoid(x W)^(1/16), the gated retention of YOCO (Sun et al. 2024, arXiv 2405.05254).
+    """
+
+    def __init__(self, gamma: str | float, width: int, heads: int) -> None:
+        super().__init__()
+        self.gamma, self.heads = gamma, heads
+        self.learned = FullPrecision({"gamma": (heads,)}) if gamma == "learned" else None
+        self.gamma_proj = nn.Linear(width, heads, bias=False) if gamma == "gated" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.learned is not None:
+            return F.logsigmoid(self.learned.get_parameter("gamma"))
+        if self.gamma_proj is not None:
+            return F.logsigmoid(self.gamma_proj(x).to(wide(x.dtype))) / GATE_ROOT
+        return log_gamma(self.gamma, self.heads, x.device)
+
+    def reset_parameters(self) -> None:
+        """A learned gamma starts at equation 8's; its parameter is the logit."""
+        if self.learned is not None:
+            with torch.no_grad():
+                log = log_gamma("eq8", self.heads)
+                self.learned.get_parameter("gamma").copy_(log - torch.log(-torch.expm1(log)))
+        if self.gamma_proj is not None:
+            init_linear(self.gamma_proj)
 
 
 class Retention(Mixer[RetentionState]):
@@ -35,11 +70,13 @@ class Retention(Mixer[RetentionState]):
     def __init__(self, spec: RetNetSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width, self.heads = stack.model.d_model, stack.model.n_heads
-        self.spec, self.theta = spec, stack.embedding.rope_theta
+        self.spec = spec
         self.choices = (select("retention", target),)
         self.ops = self.choices[0].kernels
         value = spec.value_width(width)
         self.key_dim, self.value_dim = width // self.heads, value // self.heads
+        self.rope = make_rope(stack.embedding, stack.model.max_seq_len, self.key_dim) if spec.rope else None
+        self.decay = Decay(spec.gamma, width, self.heads)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, value, bias=False)
@@ -72,14 +109,14 @@ class Retention(Mixer[RetentionState]):
         return self._out(x, y, segments), RetentionState(kv)
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H]."""
+        """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.key_dim)) * self.key_dim**-0.5
         k = self.k_proj(x).unflatten(-1, (self.heads, self.key_dim))
         v = self.v_proj(x).unflatten(-1, (self.heads, self.value_dim))
-        if self.spec.rope:
-            turn = phases(segments, self.key_dim, self.theta, x.dtype)
+        if self.rope is not None:
+            turn = phases(segments, self.rope, x.dtype)
             q, k = rotate(q, *turn), rotate(k, *turn)
-        return q, k, v, log_gamma(self.spec.gamma, self.heads, x.device)
+        return q, k, v, self.decay(x)
 
     def _out(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
         if self.spec.group_norm:
@@ -110,5 +147,7 @@ class Retention(Mixer[RetentionState]):
         return matmul_flops(self, tokens) + tokens * self.heads * (within + across)
 
     def reset_parameters(self, out_scale: float = 1.0) -> None:
+        self.decay.reset_parameters()
         for name, layer in self.named_children():
-            init_linear(layer, out_scale if name == "o_proj" else 1.0)
+            if isinstance(layer, nn.Linear):
+                init_linear(layer, out_scale if name == "o_proj" else 1.0)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from pydantic_core import PydanticCustomError
 
 from .errors import Problem
-from .ffn import NoFFN
-from .mixers import AttentionMixer, Mamba2Spec, MambaMixer, RetNetMixer
+from .ffn import MoEFFNSpec, NoFFN
+from .mixers import AttentionMixer, AttentionSpec, Mamba2Spec, MambaMixer, RetNetMixer
 
 if TYPE_CHECKING:
     from .layer import LayerTemplate
@@ -46,6 +46,7 @@ def _divides(key: str, value: int, whole_key: str, whole: int) -> Iterator[Probl
 
 def _widths(spec: "StackSpec") -> Iterator[Problem]:
     model = spec.model
+    yield from _embedding(spec)
     yield from _divides("model.n_heads", model.n_heads, "model.d_model", model.d_model)
     yield from _divides("model.n_kv_heads", model.kv_heads, "model.n_heads", model.n_heads)
 
@@ -58,9 +59,21 @@ def _tokens(spec: "StackSpec") -> Iterator[Problem]:
     if head is not None and head != tie:
         fix = "give both the same value, or leave head.tie_weights out"
         yield _problem("head.tie_weights", f"{head} contradicts embedding.tie_word_embeddings = {tie}".lower(), fix)
-    if "rope_theta" in spec.embedding.model_fields_set and not turns(spec):
-        fix = "remove rope_theta, or set embedding.positional: rope"
-        yield _problem("embedding.rope_theta", "no layer uses rotary positions, so it would do nothing", fix)
+
+
+def _embedding(spec: "StackSpec") -> Iterator[Problem]:
+    embedding, scaling = spec.embedding, spec.embedding.rope_scaling
+    for key in ("rope_theta", "rope_scaling"):
+        if key in embedding.model_fields_set and getattr(embedding, key) is not None and not turns(spec):
+            fix = f"remove {key}, or set embedding.positional: rope"
+            yield _problem(f"embedding.{key}", "no layer uses rotary positions, so it would do nothing", fix)
+    if scaling is not None and scaling.type != "yarn" and scaling.original_max_seq_len is not None:
+        message = f"{scaling.type} scaling needs no original length, so it would do nothing"
+        yield _problem("embedding.rope_scaling.original_max_seq_len", message, "remove it, or write type: yarn")
+    mixers = [template.mixer for template in spec.layer_templates.values()]
+    if embedding.positional == "alibi" and not any(isinstance(m, AttentionMixer) for m in mixers):
+        fix = "write positional: none, or add a template of attention"
+        yield _problem("embedding.positional", "alibi is attention's, and no template has attention", fix)
 
 
 def turns(spec: "StackSpec") -> bool:
@@ -93,11 +106,14 @@ def _templates(spec: "StackSpec") -> Iterator[Problem]:
 def _mixer(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
     mixer, width, heads = template.mixer, spec.model.d_model, spec.model.n_heads
     head_dim = width // heads
+    rope = spec.embedding.positional == "rope"
     turned = isinstance(mixer, RetNetMixer) and mixer.retnet.rope
-    turned = turned or (isinstance(mixer, AttentionMixer) and spec.embedding.positional == "rope")
+    turned = turned or (isinstance(mixer, AttentionMixer) and rope and mixer.attention.latent_dim is None)
     if turned and width % heads == 0 and head_dim % 2:
         fix = "choose d_model and n_heads so that d_model / n_heads is even, or do without rope"
         yield _problem(f"{key}.mixer", f"rope turns pairs of channels, but a head has {head_dim}", fix)
+    if isinstance(mixer, AttentionMixer):
+        yield from _latent(mixer.attention, width, rope, f"{key}.mixer.attention")
     if isinstance(mixer, RetNetMixer):
         wanted = mixer.retnet.value_expand * width
         if abs(wanted - round(wanted)) > 1e-6 * wanted or round(wanted) % heads:
@@ -106,6 +122,23 @@ def _mixer(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[P
             yield _problem(f"{key}.mixer.retnet.value_expand", message, fix)
     if isinstance(mixer, MambaMixer) and isinstance(mixer.mamba, Mamba2Spec):
         yield from _mamba(mixer.mamba, width, f"{key}.mixer.mamba")
+
+
+def _latent(attention: AttentionSpec, width: int, rope: bool, key: str) -> Iterator[Problem]:
+    latent, rotated = attention.latent_dim, attention.rope_head_dim
+    if latent is None:
+        if rotated is not None:
+            yield _problem(f"{key}.rope_head_dim", "is the latent cache's, and there is no latent_dim", "remove it")
+        return
+    if latent >= width:
+        yield _problem(f"{key}.latent_dim", f"{latent} is not below d_model = {width}", f"write {width - 1} or less")
+    if rotated is not None and not rope:
+        yield _problem(f"{key}.rope_head_dim", "nothing is rotated without positional: rope", "remove it")
+    elif rotated is not None and rotated % 2:
+        yield _problem(f"{key}.rope_head_dim", f"rope turns pairs of channels, not {rotated}", "write an even number")
+    for name, what in (("qk_norm", "the latent is normed already"), ("qkv_bias", "its projections have no biases")):
+        if getattr(attention, name):
+            yield _problem(f"{key}.{name}", f"does not go with latent_dim: {what}", "remove it")
 
 
 def _mamba(mamba: Mamba2Spec, width: int, key: str) -> Iterator[Problem]:
@@ -119,6 +152,9 @@ def _ffn(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Pro
     ffn = template.ffn
     if isinstance(ffn, NoFFN):
         return
+    if isinstance(ffn, MoEFFNSpec) and ffn.moe.top_k > ffn.moe.experts:
+        message = f"{ffn.moe.top_k} are more than the {ffn.moe.experts} experts"
+        yield _problem(f"{key}.ffn.moe.top_k", message, f"write {ffn.moe.experts} or less")
     ratio, width = ffn.mlp_ratio or spec.model.mlp_ratio, spec.model.d_model
     if round(ratio * width) < 1:
         own = "model.mlp_ratio" if ffn.mlp_ratio is None else f"{key}.ffn.mlp_ratio"

@@ -18,20 +18,29 @@ _LATER = {
     "let": "variables", "override": "per-entry overrides", "transition": "reasoning-phase metadata",
     "compatibility": "compile targets", "execution_modes": "execution modes", "memory": "memory modules",
     "shape_change": "shape changes", "depth_gating": "depth gating", "parallel": "parallel streams",
-    "integrator": "integrators", "attn_drop": "attention dropout", "latent_dim": "multi-head latent attention",
+    "integrator": "integrators", "attn_drop": "attention dropout",
     "window_mode": "window modes (a `window` slides)", "window_dilation": "dilated windows",
-    "compression": "compressed attention", "attention_sinks": "attention sinks", "moe": "mixtures of experts",
-    "hyper": "hyper-connections", "logit_softcap": "logit soft-capping", "mtp": "multi-token prediction",
-    "rope_scaling": "RoPE scaling", "scale": "embedding scaling", "pad_token": "padding tokens",
+    "compression": "compressed attention",
+    "hyper": "hyper-connections", "logit_softcap": "soft-capping of the head; attention has its own", "mtp": "multi-token prediction",
+    "scale": "embedding scaling", "pad_token": "padding tokens",
     "init": "initialisation schemes", "dropout": "dropout", "checkpointing": "activation checkpointing",
-    "router_aux_loss_coef": "mixtures of experts", "router_lr_multiplier": "mixtures of experts",
+    "router_aux_loss_coef": "a coefficient for all routers; ffn.moe.load_balance_coef is each layer's",
+    "router_lr_multiplier": "learning rates of routers",
     "optimizer": "other optimizers", "optimizer_groups": "optimizer groups", "muon": "Muon",
-    "hyena": "Hyena", "branched": "branched mixers", "ttt": "test-time training layers",
+    "branched": "branched mixers", "ttt": "test-time training layers",
 }  # fmt: skip
 """Keys of the v1 language that this version refuses by name, and what they are about."""
 
-_LATER_VALUES = {"mamba1", "hyena", "branched", "ttt_layer", "moe", "alibi", "hyper_connection", "causal_lm_mtp"}
+_LATER_VALUES = {"branched", "ttt_layer", "hyper_connection", "causal_lm_mtp"}
 """Values of the v1 language that this version refuses by name."""
+
+_NEVER = {
+    "capacity_factor": "would drop tokens by what comes after them, which is not causal: no token is dropped here",
+    "dynamic": "scales by the sequence's length, so that a prefix would change as it grows",
+    "h3": "is not one of the mixers yet",
+    "dilated": "windows are not supported yet",
+}
+"""Keys and values that are refused with a reason of their own."""
 
 PRESET_DIRS = (FilePath(__file__).parents[1] / "presets", FilePath(__file__).parents[2] / "presets")
 """Where the shipped presets are: in the wheel, and in a checkout."""
@@ -165,15 +174,20 @@ def _written(location: tuple[Any, ...], document: Document) -> Path:
     """The path as the file has it: Pydantic puts a union's tag between its keys."""
     value, path, tagged = document.data, [], False
     for step in location:
-        tagged = not tagged and isinstance(value, dict) and value.get("type") == step
-        if tagged:
-            continue
+        tagged = not tagged and isinstance(value, dict) and step in (value.get("type"), _variant_of(value))
+        if tagged or not isinstance(value, dict | tuple | list):
+            continue  # a step into what holds nothing is a tag too
         path.append(step)
         if isinstance(value, dict):
             value = value.get(step)
         elif isinstance(value, tuple | list) and isinstance(step, int) and step < len(value):
             value = value[step]
     return tuple(path)
+
+
+def _variant_of(value: dict[str, Any]) -> Any:
+    """The tag of a mamba's sub-object: mamba2 unless it says otherwise."""
+    return None if "type" in value else value.get("variant", "mamba2")
 
 
 def _field_problem(item: Any, document: Document) -> Problem:
@@ -186,7 +200,9 @@ def _field_problem(item: Any, document: Document) -> Problem:
 def _location(item: Any) -> tuple[Any, ...]:
     """Where it is wrong; a union's own errors are about its discriminator."""
     location: tuple[Any, ...] = item["loc"]
-    return (*location, "type") if item["type"].startswith("union_tag") else location
+    if not item["type"].startswith("union_tag"):
+        return location
+    return (*location, "variant" if "variant" in item["ctx"]["discriminator"] else "type")
 
 
 def _explain(item: Any, path: Path) -> tuple[str, str]:
@@ -197,7 +213,7 @@ def _explain(item: Any, path: Path) -> tuple[str, str]:
     if kind in ("missing", "union_tag_not_found"):
         return "is required and missing", f"add `{name}:`"
     if kind in ("literal_error", "union_tag_invalid"):
-        value = context.get("tag", value)
+        value = value.get(name) if kind == "union_tag_invalid" and isinstance(value, dict) else value
         return _wrong_word(value, context.get("expected") or context["expected_tags"])
     if isinstance(value, str) and value.startswith("${"):
         return f"{value!r}: `let` and ${{}} expressions are not supported yet", "write the number"
@@ -240,6 +256,8 @@ def _show(value: Any) -> str:
 
 def _wrong_word(value: Any, expected: str) -> tuple[str, str]:
     allowed = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",")]
+    if isinstance(value, str) and value in _NEVER:
+        return f"{value!r} {_NEVER[value]}", f"use one of {', '.join(allowed)}"
     if isinstance(value, str) and value in _LATER_VALUES:
         return f"{value!r} is part of the v1 language but not supported yet", f"use one of {', '.join(allowed)}"
     near = difflib.get_close_matches(str(value), allowed, 1)
@@ -253,6 +271,8 @@ _RESERVED = ("experimental", "future", "vendor")
 def _unknown_key(name: str, path: Path) -> tuple[str, str]:
     if name.partition(".")[0] in _RESERVED:
         return "is a reserved prefix of the v1 language, not supported yet", "remove it"
+    if name in _NEVER:
+        return _NEVER[name], "remove it"
     if name in _LATER:
         return f"is part of the v1 language but not supported yet ({_LATER[name]})", "remove it"
     known = [key for key in _siblings(path) if key != name]

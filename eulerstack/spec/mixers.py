@@ -85,6 +85,13 @@ MambaSpec = Annotated[
 ]
 
 
+Gamma = Annotated[
+    Annotated[Literal["eq8", "paper_runs", "learned", "gated"], Tag("word")]
+    | Annotated[float, Field(gt=0, le=1), Tag("number")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
+]
+
+
 class RetNetSpec(Block):
     """Multi-scale retention; the defaults are the paper's layer.
 
@@ -95,7 +102,7 @@ class RetNetSpec(Block):
     chunkwise: bool = True
     chunk_size: Positive = 64
     rope: bool = True
-    gamma: Literal["eq8", "paper_runs", "learned", "gated"] | Annotated[float, Field(gt=0, le=1)] = "eq8"
+    gamma: Gamma = "eq8"
     value_expand: Annotated[float, Field(gt=0, le=16)] = 2.0
     group_norm: bool = True
     swish_gate: bool = True

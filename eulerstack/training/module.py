@@ -58,6 +58,7 @@ class StackModule(L.LightningModule):
         self.kernels = kernels
         self._built: Stack | None = None
         self._clock: float | None = None
+        self._loads: dict[int, Tensor] = {}
 
     @property
     def model(self) -> Stack:
@@ -74,7 +75,8 @@ class StackModule(L.LightningModule):
     def configure_model(self) -> None:
         if self._built is not None:
             return
-        self._built = build(self.spec, "cpu", torch.get_default_dtype(), self.kernels)
+        device = "cpu" if self._trainer is None else self.trainer.strategy.root_device
+        self._built = build(self.spec, device, torch.get_default_dtype(), self.kernels)
         if self.weights is not None:
             load_weights(self._built, self.weights)
 
@@ -84,11 +86,27 @@ class StackModule(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss, parts = self.model.losses(batch.tokens, batch.targets, batch.segments())
+        self._note_routing(parts, batch.tokens.shape[0])
         bits = parts["cross_entropy"].detach() / math.log(2) / batch.bytes_per_token
         rows = batch.tokens.shape[0]
         self.log("loss", loss.detach(), prog_bar=True, batch_size=rows)
         self.log("bits_per_byte", bits, prog_bar=True, batch_size=rows)
         return loss
+
+    def _note_routing(self, parts: dict[str, Tensor], rows: int) -> None:
+        """Log the routers' losses and their busiest experts' share (1: balanced); keep the loads for the step."""
+        for name, part in parts.items():
+            if name in ("load_balance", "router_z"):
+                self.log(name, part.detach(), batch_size=rows)
+            if name.startswith("router_load/"):
+                layer = int(name.rpartition("/")[2])
+                self.log(f"router_busiest/{layer}", part.max() / part.mean().clamp(min=1), batch_size=rows)
+                self._loads[layer] = part + self._loads.get(layer, 0)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Router biases move once a step, by the loads of all its batches."""
+        self.model.rebalance(self._loads)
+        self._loads = {}
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         now = time.perf_counter()
@@ -137,9 +155,11 @@ class StackModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stack"] = dump(self.spec)
+        checkpoint["router_loads"] = self._loads
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the run to resume had another stack, or another recipe."""
+        self._loads = checkpoint["router_loads"]
         was = loads(checkpoint["stack"])
         if was == self.spec:
             return

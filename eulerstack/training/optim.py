@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-UNDECAYED = ("bias", "A_log", "D", "dt_bias")
+UNDECAYED = ("bias", "A_log", "D", "dt_bias", "gamma", "sinks", "decay", "bonus", "mix_k", "mix_v", "mix_r")
 
 
 def decays(name: str) -> bool:
-    """Whether a parameter decays: all but biases, norms, A_log, D and dt_bias. By name: marks on tensors get lost."""
+    """Whether a parameter decays: all but biases, norms, decays and mixes. By name: marks on tensors get lost."""
     *owners, last = name.split(".")
     return last not in UNDECAYED and not any(owner.endswith("norm") for owner in owners)
 

@@ -11,12 +11,23 @@ import eulerstack as es
 from eulerstack.mixers import Mixer, make_mixer
 from eulerstack.segments import Segments
 from eulerstack.spec import expand
-from eulerstack.state import KVState, LayerState
+from eulerstack.state import LayerState, RingState
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {}),
     "attention_bias": ("attention", {"qkv_bias": True}),
     "attention_window": ("attention", {"window": 5}),
+    "attention_capped": ("attention", {"logit_softcap": 2.0, "qk_norm": True}),
+    "attention_sinks": ("attention", {"attention_sinks": {"n_per_head": 2}, "window": 6}),
+    "attention_sinks_capped": (
+        "attention",
+        {"attention_sinks": {"learnable": False}, "logit_softcap": 3.0},
+    ),
+    "attention_alibi": ("attention", {}),
+    "attention_alibi_capped": ("attention", {"window": 9, "logit_softcap": 3.0}),
+    "attention_yarn": ("attention", {}),
+    "attention_latent": ("attention", {"latent_dim": 8}),
+    "attention_latent_window": ("attention", {"latent_dim": 6, "rope_head_dim": 4, "window": 7}),
     "mamba2": ("mamba", {"d_state": 8, "head_dim": 4, "chunk_size": 8}),
     "mamba2_groups": ("mamba", {"d_state": 4, "head_dim": 4, "n_groups": 2, "d_conv": 3, "chunk_size": 4}),
     "retnet": ("retnet", {"chunk_size": 8}),
@@ -24,7 +35,15 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
         "retnet",
         {"chunk_size": 8, "rope": False, "group_norm": False, "swish_gate": False, "value_expand": 1.0},
     ),
+    "retnet_learned": ("retnet", {"chunk_size": 8, "gamma": "learned"}),
+    "retnet_gated": ("retnet", {"chunk_size": 8, "gamma": "gated"}),
+    "retnet_undecayed": ("retnet", {"chunk_size": 8, "gamma": 1.0}),
     "retnet_paper": ("retnet", {"chunk_size": 4, "gamma": "paper_runs", "chunkwise": False}),
+}
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "attention_alibi": {"type": "learned", "positional": "alibi"},
+    "attention_alibi_capped": {"type": "learned", "positional": "alibi"},
+    "attention_yarn": {"type": "learned", "rope_theta": 100.0, "rope_scaling": {"type": "yarn", "factor": 8.0}},
 }
 WIDTH = 16
 ROOM = 96
@@ -35,14 +54,15 @@ def make(name: str, dtype: torch.dtype, seed: int = 0) -> Mixer[Any]:
     """A mixer with weights scaled up, so that it matters what it does."""
     torch.manual_seed(seed)
     kind, options = MIXERS[name]
-    spec = es.StackBuilder(d_model=WIDTH, n_heads=4, n_kv_heads=2, max_seq_len=256).add(kind, options).spec()
+    widths = {"d_model": WIDTH, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256}
+    spec = es.StackBuilder(**widths, embedding=EMBEDDINGS.get(name)).add(kind, options).spec()
     mixer = make_mixer(expand(spec)[0].mixer, spec).to(dtype)
     mixer.reset_parameters()
     with torch.no_grad():
         for key, weight in mixer.named_parameters():
             if key.endswith("proj.weight"):
                 weight.mul_(2.0)
-            if key.endswith("proj.bias"):
+            if key.endswith(("proj.bias", "sinks")):
                 weight.normal_()
     return mixer
 
@@ -60,9 +80,9 @@ def drawn_state(mixer: Mixer[Any], batch: int, start: int, dtype: torch.dtype) -
 
 def seen(state: LayerState, length: int) -> dict[str, Tensor]:
     """What a state says about the future: of a cache, only the slots that a later query can see."""
-    if not isinstance(state, KVState):
+    if not isinstance(state, RingState):
         return state.tensors()
-    slots = state.keys.shape[1]
+    slots = state.slots
     first = 0 if state.window is None else max(0, length - state.window + 1)
     return {name: tensor[:, torch.arange(first, length) % slots] for name, tensor in state.tensors().items()}
 

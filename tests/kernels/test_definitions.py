@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from eulerstack.kernels.attention import Logits
 from eulerstack.kernels.attention import torch as attention
 from eulerstack.kernels.conv import torch as conv
 from eulerstack.kernels.retention import torch as retention
 from eulerstack.kernels.ssd import torch as ssd
 from eulerstack.layers.ffn import swiglu
 from eulerstack.layers.norm import rms_norm
-from eulerstack.layers.rope import phases, rotate
+from eulerstack.layers.rope import Rope, phases, rotate
 from eulerstack.mixers.retention import log_gamma
 from eulerstack.segments import Segments
 
@@ -109,7 +110,7 @@ def test_rms_norm_is_pytorchs() -> None:
 def test_attention_of_a_query_that_sees_nothing_is_zero() -> None:
     q, k, v = drawn(1, 3, 4, 2), drawn(1, 3, 2, 2), drawn(1, 3, 2, 2)
     visible = torch.tensor([[[False, False, False], [True, False, False], [True, True, False]]])
-    y = attention.attend(q, k, v, visible)
+    y = attention.cached(q, k, v, visible, None, Logits(1.0))
     assert (y[:, 0] == 0).all()
     close(y[:, 1], v[:, 0].repeat_interleave(2, 1), 1e-12)
 
@@ -121,17 +122,17 @@ def test_published_decays() -> None:
 
 
 def test_phases_stay_exact_at_a_million_tokens() -> None:
-    cos, sin = phases(Segments.dense(1, 1_000_000), 4, 10000.0, torch.float32)
+    cos, sin = phases(Segments.dense(1, 1_000_000), Rope((1.0, 10000**-0.5)), torch.float32)
     angle = 1_000_000 * torch.tensor([1.0, 10000**-0.5], dtype=torch.float64)
     close(cos.flatten().double(), angle.cos(), 1e-6)
     close(sin.flatten().double(), angle.sin(), 1e-6)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
-    q, k = drawn(1, 1, 1, 8), drawn(1, 1, 1, 8)
+    q, k, rope = drawn(1, 1, 1, 8), drawn(1, 1, 1, 8), Rope((1.0, 0.3, 0.1, 0.03))
     scores = []
     for at in (0, 57):
-        turned = [rotate(x, *phases(Segments.dense(1, p), 8, 100.0, torch.float64)) for x, p in ((q, at + 5), (k, at))]
+        turned = [rotate(x, *phases(Segments.dense(1, p), rope, torch.float64)) for x, p in ((q, at + 5), (k, at))]
         scores.append((turned[0] * turned[1]).sum())
         close(turned[0].norm(), q.norm(), 1e-12)
     close(scores[0], scores[1], 1e-12)

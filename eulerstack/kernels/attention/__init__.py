@@ -1,1 +1,31 @@
-"""Causal softmax attention. q: [B, T, H, K]; k, v: [B, S, Hkv, K], each kv head shared by H / Hkv query heads."""
+"""Causal softmax attention. q: [B, T, H, K]; k: [B, S, Hkv, K]; v: [B, S, Hkv, V]; H / Hkv query heads share a kv head.
+
+`whole` attends among the tokens of a call, `cached` to any keys under a mask.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..provider import Kernel
+
+
+class Attending(NamedTuple):
+    """The two functions of a provider."""
+
+    whole: Kernel
+    cached: Kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """How logits are made of q k^T: times scale, capped to (-softcap, softcap), less slopes [H] times the distance.
+
+    sinks: [H, n] more logits in every softmax, whose values are zero.
+    """
+
+    scale: float
+    softcap: float | None = None
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None

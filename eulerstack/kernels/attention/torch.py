@@ -1,25 +1,87 @@
-"""Attention by torch.nn.functional.scaled_dot_product_attention, which chooses flash kernels where it has them."""
+"""Attention by torch.nn.functional.scaled_dot_product_attention, which chooses flash kernels where it has them.
 
+A soft-cap is beyond it: such logits are computed in the open, in at least float32.
+"""
+
+import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ...segments import Segments
+from ..precision import wide, without_autocast
 from ..provider import Provider, anywhere
+from . import Attending, Logits
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """q [B, T, H, K] over k, v [B, S, Hkv, K]; visible [B or 1, T, S] bool, or None for plain causal (S = T).
+def whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, logits: Logits) -> Tensor:
+    """Tokens of one call among themselves (S = T), each document for itself. Returns [B, T, H, V]."""
+    tokens = q.shape[1]
+    if segments.plain and (window is None or window >= tokens) and logits.slopes is None and logits.sinks is None:
+        return _uncapped(q, k, v, None, logits) if logits.softcap is None else _capped(q, k, v, None, logits)
+    assert segments.position is not None
+    position = segments.position
+    visible = segments.among(window)
+    distance = None if logits.slopes is None else position[..., :, None] - position[..., None, :]
+    return cached(q, k, v, visible, distance, logits)
 
-    A query that sees nothing returns zeros. Returns [B, T, H, K].
+
+def cached(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, distance: Tensor | None, logits: Logits) -> Tensor:
+    """Any keys; visible and distance (used with slopes) are [B or 1, T, S]. Returns [B, T, H, V].
+
+    A query that sees nothing returns zeros.
     """
+    bias = _bias(visible, distance, logits, q)
+    if logits.sinks is not None:
+        more = logits.sinks.shape[1]
+        k, v = pad(k, (0, 0, 0, 0, 0, more)), pad(v, (0, 0, 0, 0, 0, more))
+    return _uncapped(q, k, v, bias, logits) if logits.softcap is None else _capped(q, k, v, bias, logits)
+
+
+def _bias(visible: Tensor, distance: Tensor | None, logits: Logits, q: Tensor) -> Tensor:
+    """What is added to the logits, [B or 1, H or 1, T, S (+ sinks)], or the mask itself where that is all."""
+    if logits.slopes is None and logits.sinks is None:
+        return visible[:, None]
+    dtype = wide(q.dtype)
+    bias = torch.zeros_like(visible, dtype=dtype)[:, None]
+    if logits.slopes is not None and distance is not None:
+        bias = distance[:, None].to(dtype) * -logits.slopes.to(bias)[:, None, None]
+    bias = bias.masked_fill(~visible[:, None], -torch.inf)
+    if logits.sinks is not None:
+        sinks = logits.sinks.to(bias)[None, :, None].expand(bias.shape[0], -1, bias.shape[2], -1)
+        bias = torch.cat([bias.expand(-1, sinks.shape[1], -1, -1), sinks], -1)
+    return bias
+
+
+def _uncapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits) -> Tensor:
+    """Where something is added to the logits, q, k and v take its dtype: 16 bits are too few for far distances."""
+    dtype = q.dtype if bias is None or bias.dtype == torch.bool else bias.dtype
+    queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
     y = scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=None if visible is None else visible[:, None],
-        is_causal=visible is None,
+        queries,
+        keys,
+        values,
+        attn_mask=bias,
+        is_causal=bias is None,
+        scale=logits.scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return y.transpose(1, 2)
+    return y.to(q.dtype).transpose(1, 2)
 
 
-PROVIDER = Provider(attend, anywhere)
+@without_autocast
+def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits) -> Tensor:
+    """cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118), all of them at once."""
+    assert logits.softcap is not None
+    dtype, shared = wide(q.dtype), q.shape[2] // k.shape[2]
+    queries = q.to(dtype).transpose(1, 2)
+    keys, values = (t.to(dtype).transpose(1, 2).repeat_interleave(shared, 1) for t in (k, v))
+    scores = logits.softcap * torch.tanh(queries @ keys.mT * (logits.scale / logits.softcap))
+    if bias is None:
+        bias = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
+    unseen = scores.amax(-1, keepdim=True) == -torch.inf
+    weights = scores.masked_fill(unseen, 0).softmax(-1).masked_fill(unseen, 0)
+    return (weights @ values).to(q.dtype).transpose(1, 2)
+
+
+PROVIDER = Provider(Attending(whole, cached), anywhere)

@@ -1,0 +1,155 @@
+"""What all attention has in common: a cache of one entry a token, and who sees what in it."""
+
+from abc import abstractmethod
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..segments import Segments
+from ..state import RingState
+from .base import Mixer, check_one_token, checked, continued, placed
+
+R = TypeVar("R", bound=RingState)
+Entries = tuple[Tensor, Tensor]
+
+
+class CachedAttention(Mixer[R], Generic[R]):
+    """A mixer whose state holds two tensors [B, S, ...], an entry a token in each.
+
+    With a window w a token sees itself and the w - 1 tokens before it, and the cache keeps no more.
+    """
+
+    window: int | None
+    measures: bool = False  # whether logits depend on how far back a key is
+
+    @property
+    def grows(self) -> bool:  # type: ignore[override]
+        return self.window is None
+
+    @abstractmethod
+    def _entries(self, x: Tensor, segments: Segments) -> tuple[Tensor, Entries]:
+        """The queries, and what the cache keeps of each token."""
+
+    @abstractmethod
+    def _whole(self, q: Tensor, entries: Entries, segments: Segments) -> Tensor:
+        """The tokens of a call among themselves, [B, T, D]."""
+
+    @abstractmethod
+    def _over(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None, step: bool) -> Tensor:
+        """Queries over S entries; visible, and distance if it `measures`, [B, T, S]. `step`: T is 1 by the form."""
+
+    def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        segments = placed(segments, x)
+        return segments.mask(self._whole(*self._entries(x, segments), segments))
+
+    def chunkwise(
+        self, x: Tensor, state: R, segments: Segments | None = None, *, chunk_size: int | None = None
+    ) -> tuple[Tensor, R]:
+        """Queries of each chunk over the cache and the chunk itself; the whole x is one chunk by default."""
+        segments, size = continued(segments), checked(chunk_size, max(1, x.shape[1]))
+        parts = []
+        for start in range(0, x.shape[1], size):
+            stop = min(start + size, x.shape[1])
+            y, state = self._chunk(x[:, start:stop], state, segments.slice(start, stop))
+            parts.append(y)
+        return torch.cat(parts, 1) if parts else x, state
+
+    def _chunk(self, x: Tensor, state: R, segments: Segments) -> tuple[Tensor, R]:
+        """Attends to the cache and the new tokens together, before the ring is written."""
+        q, new = self._entries(x, segments)
+        before, past = self._cached(state, segments, segments.before(x.shape[0]), "before")
+        if not segments.plain:
+            before = before & (segments.label == 0)[..., None]
+        visible = _beside(before, segments.among(self.window))
+        distance = None if past is None or not self.measures else _beside(past, _apart(segments))
+        caches = (cache[:, : before.shape[2]] for cache in state.tensors().values())
+        held, more = (torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(caches, new, strict=True))
+        y = self._over(q.to(held.dtype), (held, more), visible, distance, step=False)
+        return segments.mask(y.to(x.dtype)), self._written(state, new, segments)
+
+    def recurrent(self, x: Tensor, state: R, segments: Segments | None = None) -> tuple[Tensor, R]:
+        """One query over the cache, which already holds its own entry."""
+        check_one_token(x)
+        segments = continued(segments)
+        q, new = self._entries(x, segments)
+        state = self._written(state, new, segments)
+        visible, distance = self._cached(state, segments, segments.ends(segments.before(x.shape[0])), "after")
+        held, more = (cache[:, : visible.shape[2]] for cache in state.tensors().values())
+        y = self._over(q.to(held.dtype), (held, more), visible, distance, step=True)
+        return segments.mask(y.to(x.dtype)), state
+
+    def _cached(self, state: R, segments: Segments, length: Tensor, when: str) -> tuple[Tensor, Tensor | None]:
+        """Which slots of a cache that has seen `length` [B] tokens each query sees, and how far back, [B, T, used].
+
+        `when` says whether that is before or after this call's tokens were written.
+        """
+        assert segments.position is not None
+        size, position = state.slots, segments.position
+        used = size if segments.bound is None else min(size, segments.bound + (position.shape[1] == 1))
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            last = length[:, None] - 1
+            held = last - (last - torch.arange(used, device=length.device)) % size  # the position in each slot
+            visible = (held >= 0)[:, None].expand(-1, position.shape[1], -1)
+            if self.window is None and not self.measures:
+                return visible, None
+            distance = position[..., None] - held[:, None]
+            return visible if self.window is None else visible & (distance < self.window), distance
+
+        found: tuple[Tensor, Tensor | None] = segments.once(
+            ("cached", when, self.window, size, used, self.measures), make
+        )
+        return found
+
+    def _written(self, state: R, new: Entries, segments: Segments) -> R:
+        """The caches with the tokens of each row's last document in their slots."""
+        write = _write_plain if segments.plain else _write_ragged
+        fresh = iter(new)
+        return state.map(lambda cache: write(cache, next(fresh).to(cache.dtype), segments))
+
+    def _slots(self, max_tokens: int, rollback: int) -> tuple[int, int | None]:
+        """How many slots the cache has, and its window: one too short for the window holds every token."""
+        ring = None if self.window is None else self.window + rollback
+        slots = max_tokens if ring is None else min(max_tokens, ring)
+        return slots, self.window if slots == ring else None
+
+    def _pairs(self, tokens: int) -> int:
+        """Pairs of a query and a key that it sees."""
+        full = tokens if self.window is None else min(self.window, tokens)
+        return full * (full + 1) // 2 + (tokens - full) * full
+
+
+def _beside(cached: Tensor, own: Tensor) -> Tensor:
+    """[B, T, S + T]"""
+    return torch.cat([cached, own.expand(cached.shape[0], -1, -1)], -1)
+
+
+def _apart(segments: Segments) -> Tensor:
+    """[B or 1, T, T] int64: how far each token stands behind each query."""
+    assert segments.position is not None
+    return segments.position[..., :, None] - segments.position[..., None, :]
+
+
+def _write_plain(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:
+    """The last S new tokens in the slots of their positions; in place under no_grad."""
+    assert segments.position is not None
+    size = cache.shape[1]
+    new, position = new[:, -size:], segments.position[:, -size:]
+    slots = (position % size).reshape(*position.shape, *[1] * (new.dim() - 2)).expand_as(new)
+    frozen = cache.is_inference() and not torch.is_inference_mode_enabled()
+    return cache.scatter(1, slots, new) if torch.is_grad_enabled() or frozen else cache.scatter_(1, slots, new)
+
+
+def _write_ragged(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:
+    """Each slot takes the token that belongs in it, if that is among the new tokens of the row's last document."""
+    size = cache.shape[1]
+    end = segments.ends(segments.before(cache.shape[0]))[:, None]
+    slot = torch.arange(size, device=cache.device)
+    back = (end - 1 - slot) % size  # how far before the last token
+    source = (segments.first + segments.count - 1)[:, None] - back
+    own = segments.label == segments.running[:, -1:]
+    shape = (*back.shape, *[1] * (new.dim() - 2))
+    taken = (back < own.sum(1)[:, None]).reshape(shape)
+    source = source.clamp(0, new.shape[1] - 1).reshape(shape).expand(-1, -1, *new.shape[2:])
+    return torch.where(taken, new.gather(1, source), cache)
