@@ -15,17 +15,18 @@ LAYER_EPS = 1e-5
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), over each of `groups` equal parts of x."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int = 1) -> None:
         super().__init__()
+        self.groups = groups
         self.weight = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
+        return rms_norm(x, self.weight, self.groups)
 
 
 class LayerNorm(nn.Module):
@@ -53,11 +54,11 @@ def make_norm(spec: NormSpec, width: int) -> Norm:
 
 
 @without_autocast
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x / rms(x) * weight over the last axis, in x's dtype."""
+def rms_norm(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """x / rms(x) * weight over each of the equal parts of the last axis, in x's dtype."""
     dtype = wide(x.dtype)
-    y: Tensor = _RMSNorm.apply(x.to(dtype), weight.to(dtype))
-    return y.to(x.dtype)
+    y: Tensor = _RMSNorm.apply(x.to(dtype).unflatten(-1, (groups, -1)), weight.to(dtype).unflatten(0, (groups, -1)))
+    return y.flatten(-2).to(x.dtype)
 
 
 @without_autocast
@@ -69,7 +70,10 @@ def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a token for the backward; PyTorch's own on a CPU keeps four copies of x."""
+    """Of x [..., G, n] and weight [G, n]. Keeps x and one number a group for the backward.
+
+    PyTorch's own on a CPU keeps four copies of x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         (grad,) = grads
         unit = x * scale
-        for_weight = (grad * unit).flatten(0, -2).sum(0)
+        for_weight = (grad * unit).flatten(0, -3).sum(0)
         inner = grad * weight
         mean = torch.linalg.vecdot(inner, unit)[..., None] / x.shape[-1]
         return torch.addcmul(inner, unit, mean, value=-1).mul_(scale), for_weight

@@ -63,7 +63,7 @@ class Mamba2(Mixer[SSMState]):
         self.B_conv = ShortConv(shared, spec.d_conv)
         self.C_conv = ShortConv(shared, spec.d_conv)
         self.scan = Scan(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
-        self.norm = RMSNorm(inner)
+        self.norm = RMSNorm(inner, spec.n_groups)
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
