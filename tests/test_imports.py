@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "kernels": {"segments"},
     "layers": {"kernels", "segments", "spec"},
     "mixers": {"kernels", "layers", "segments", "spec", "state"},
-    "block": {"layers", "mixers", "segments", "spec", "state"},
+    "block": {"kernels", "layers", "mixers", "segments", "spec", "state"},
     "model": {"block", "kernels", "layers", "segments", "spec", "state"},
     "builder": {"model", "spec"},
     "costs": {"block", "model", "spec"},
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "cli": {"checkpoint", "costs", "inference", "spec", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}, "pydantic": {"spec"}}
+FOREIGN |= {name: {"kernels"} for name in ("numba", "triton", "fla", "mamba_ssm", "causal_conv1d", "flash_attn")}
 TORCH_FREE = {"spec"}
 
 

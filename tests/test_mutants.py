@@ -34,13 +34,13 @@ MUTANTS = {
     "positions go on over a document's start": (
         "segments.py", "position = index - offset + ", "position = index - segments_first(self) + ".replace("segments_first(self)", "self.first[:, None]")),
     "a window too wide by one": (
-        "mixers/attention.py", "tril(-window)", "tril(-window - 1)"),
+        "segments.py", "tril(-window)", "tril(-window - 1)"),
     "the ring forgets what a query may still see": (
-        "mixers/attention.py", "held[:, None] < self.window", "held[:, None] < self.window - 1"),
+        "mixers/cached.py", "(distance < self.window)", "(distance < self.window - 1)"),
     "a step does not see its own key": (
-        "mixers/attention.py", 'segments.ends(segments.before(x.shape[0])), "after")', 'segments.before(x.shape[0]), "after")'),
+        "mixers/cached.py", 'segments.ends(segments.before(x.shape[0])), "after")', 'segments.before(x.shape[0]), "after")'),
     "queries of a new document see the cache": (
-        "mixers/attention.py", "before = before & (segments.label == 0)[..., None]", "before = before & (segments.label >= 0)[..., None]"),
+        "mixers/cached.py", "before = before & (segments.label == 0)[..., None]", "before = before & (segments.label >= 0)[..., None]"),
     "gradients of a convolution lose the state": (
         "kernels/conv/torch.py", "_before(for_state, lag, x.shape[1]).addcmul_(reach, tap)", "_before(for_state, lag, x.shape[1])"),
     "gradients of the decay are one-sided": (

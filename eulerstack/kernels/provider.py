@@ -39,3 +39,8 @@ class Provider(NamedTuple):
 def anywhere(target: Target, needs: frozenset[str]) -> str | None:
     """The reference's answer: it serves everything."""
     return None
+
+
+def on_cpu(target: Target, needs: frozenset[str]) -> str | None:
+    """The answer of kernels compiled for a CPU."""
+    return None if target.device in ("cpu", "meta") else "runs on a CPU only"

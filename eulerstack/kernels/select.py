@@ -7,9 +7,10 @@ from .provider import Provider, Target
 
 PROVIDERS: dict[str, tuple[str, ...]] = {
     "attention": ("torch",),
-    "conv": ("torch",),
-    "retention": ("torch",),
-    "ssd": ("torch",),
+    "conv": ("numba", "torch"),
+    "retention": ("numba", "torch"),
+    "selective_scan": ("numba", "torch"),
+    "ssd": ("numba", "torch"),
 }
 """Operation -> its providers, the fastest first; each is a file, kernels/<operation>/<provider>.py."""
 

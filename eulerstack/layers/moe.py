@@ -1,19 +1,265 @@
-"""Placeholder so that imports work until the real file lands."""
+"""Mixtures of experts (Shazeer et al. 2017, arXiv 1701.06538): a router gives each token to a few of many gated MLPs.
 
+N real tokens make M = N * top_k choices. They are sorted by expert, so that each expert's tokens are one slice, and
+only experts that were chosen compute. No token is dropped: a capacity would make a token's result depend on others.
+"""
+
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..kernels.precision import wide, without_autocast
+from ..spec import GatedMLPSpec, MoEFFNSpec
+from .ffn import GATES, GatedMLP, init_linear
+from .precision import FullPrecision
 
 
 class Routing(NamedTuple):
-    balance: Tensor
-    z: Tensor
-    load: Tensor
+    """How a call was routed, over its real tokens: what side losses and balancing need. At least float32."""
+
+    balance: Tensor  # scalar, E * sum_e (share of the choices)_e * (mean probability)_e; 1 if balanced (Fedus 2021)
+    z: Tensor  # scalar, mean of logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906)
+    load: Tensor  # [E], how many choices fell on each expert; no gradient
+
+
+class Dispatch(NamedTuple):
+    """M token-choices in the order of their experts."""
+
+    order: Tensor  # [M] int64, choice n * top_k + j of each sorted place
+    place: Tensor  # [M] int64, sorted place of each choice: the inverse of `order`
+    load: Tensor  # [E] int64, choices of each expert
+    slices: list[slice]  # E, the sorted places of each expert
 
 
 class MoE(nn.Module):
-    active_parameters = 0
+    """Weighted sum of each token's top_k experts, plus experts that all tokens share (arXiv 2401.06066).
 
-    def __init__(self, spec: Any, width: int, hidden: int) -> None:
+    The router's logits and probabilities are at least float32 whatever x is.
+    """
+
+    def __init__(self, spec: MoEFFNSpec, width: int, hidden: int) -> None:
         super().__init__()
-        raise NotImplementedError
+        moe = spec.moe
+        self.spec = moe
+        self.router_proj = nn.Linear(width, moe.experts, bias=False)
+        self.experts = Experts(spec, width, hidden)
+        shared = GatedMLPSpec(type="gated_mlp", activation=spec.activation)
+        self.shared = GatedMLP(shared, width, moe.shared_experts * hidden) if moe.shared_experts else None
+        self.correction = Correction(moe.experts, moe.bias_rate) if moe.bias_rate is not None else None
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x [B, T, D]; padding, where `real` [B, T] is False, is not routed, and its output is zero."""
+        flat = x.flatten(0, 1)
+        rows = None if real is None else real.flatten().nonzero()[:, 0]
+        tokens = flat if rows is None else flat.index_select(0, rows)
+        weights, dispatch, routing = self._route(tokens)
+        y = self.experts(tokens, weights, dispatch)
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        if rows is not None:
+            y = y.new_zeros(flat.shape).index_copy(0, rows, y)
+        return y.view(x.shape), routing
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Dispatch, Routing]:
+        """Weights [N, top_k] of the experts chosen by tokens [N, D], where their choices go, and the statistics."""
+        logits = _logits(tokens, self.router_proj.weight)
+        # A softmax of log-sigmoids is the sigmoids over their sum, also where they would all underflow.
+        scores = logits if self.spec.router == "softmax" else F.logsigmoid(logits)
+        chosen = self._ranking(scores.detach()).topk(self.spec.top_k).indices
+        dispatch = _dispatch(chosen.flatten(), self.spec.experts)
+        weights = scores.gather(1, chosen).softmax(1)
+        return weights, dispatch, _routing(logits, scores, dispatch.load)
+
+    def _ranking(self, scores: Tensor) -> Tensor:
+        """[N, E], what the choice goes by. The bias enters here only: it moves choices, not weights or gradients."""
+        if self.correction is None:
+            return scores
+        return (scores if self.spec.router == "softmax" else scores.exp()) + self.correction.bias
+
+    def rebalance(self, load: Tensor) -> None:
+        """Move the balancing bias, if there is one, by the choices [E] of one optimizer step."""
+        if self.correction is not None:
+            self.correction.update(load)
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs over `tokens` tokens, counting a multiply-add as two."""
+        return 2 * tokens * self.active_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token uses: the router's, those of top_k experts, and the shared ones."""
+        one = sum(p.numel() for p in self.experts.parameters()) // self.spec.experts
+        idle = (self.spec.experts - self.spec.top_k) * one
+        return sum(p.numel() for p in self.parameters()) - idle
+
+    def reset_parameters(self, out_scale: float = 1.0) -> None:
+        """Draw the weights anew; the projections into the residual stream are scaled by `out_scale`."""
+        init_linear(self.router_proj)
+        self.experts.reset_parameters(out_scale)
+        for name, layer in self.shared.named_children() if self.shared is not None else ():
+            init_linear(layer, out_scale if name == "down_proj" else 1.0)
+        if self.correction is not None:
+            nn.init.zeros_(self.correction.bias)
+
+
+class Correction(FullPrecision):
+    """Balance without a loss (Wang et al. 2024, arXiv 2408.15664): a bias [E] on what the choice goes by."""
+
+    bias: Tensor
+
+    def __init__(self, experts: int, rate: float) -> None:
+        super().__init__({}, {"bias": (experts,)})
+        self.rate = rate
+
+    @torch.no_grad()
+    def update(self, load: Tensor) -> None:
+        """Raise the bias of experts with less than the mean load [E], lower that of experts with more."""
+        self.bias.add_(torch.sign(load.mean() - load), alpha=self.rate)
+
+
+class StackedLinear(nn.Module):
+    """Weights [E, out, in] of E linear layers."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+
+    def reset_parameters(self, scale: float = 1.0) -> None:
+        """As init_linear draws each of them."""
+        bound = scale / self.weight.shape[2] ** 0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+
+class Experts(nn.Module):
+    """E gated MLPs, their weights stacked."""
+
+    def __init__(self, spec: MoEFFNSpec, width: int, hidden: int) -> None:
+        super().__init__()
+        experts = spec.moe.experts
+        self.gated = GATES[spec.activation]
+        self.gate_proj = StackedLinear(experts, width, hidden)
+        self.up_proj = StackedLinear(experts, width, hidden)
+        self.down_proj = StackedLinear(experts, hidden, width)
+
+    def forward(self, x: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+        """The sum of the experts' outputs for tokens x [N, D], by weights [N, top_k]; in the dtype of a linear's."""
+        stacked = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        x, gate, up, down = (_as_autocast(t) for t in (x, *stacked))
+        sent: Tensor = _Send.apply(x, dispatch, weights.shape[1])
+        hidden = self.gated(_linears(sent, gate, dispatch.slices), _linears(sent, up, dispatch.slices))
+        y: Tensor = _Gather.apply(_linears(hidden, down, dispatch.slices), weights, dispatch)
+        return y
+
+    def reset_parameters(self, out_scale: float) -> None:
+        self.gate_proj.reset_parameters()
+        self.up_proj.reset_parameters()
+        self.down_proj.reset_parameters(out_scale)
+
+
+@without_autocast
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """[N, E], in at least float32."""
+    dtype = wide(x.dtype)
+    return F.linear(x.to(dtype), weight.to(dtype))
+
+
+@torch.no_grad()
+def _dispatch(chosen: Tensor, experts: int) -> Dispatch:
+    """Sorts choices [M], by expert."""
+    ranked, order = chosen.sort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    bounds = torch.searchsorted(ranked, torch.arange(experts + 1, device=chosen.device))
+    return Dispatch(order, place, bounds.diff(), [slice(*ends) for ends in pairwise(bounds.tolist())])
+
+
+def _routing(logits: Tensor, scores: Tensor, count: Tensor) -> Routing:
+    """The statistics of logits and log scores [N, E], and of the choices, count [E]; all zero without tokens."""
+    tokens = max(logits.shape[0], 1)
+    load = count.to(logits.dtype)
+    share, probability = load / load.sum().clamp(min=1), scores.softmax(1).sum(0) / tokens
+    z = logits.logsumexp(1).square().sum() / tokens
+    return Routing(len(load) * torch.dot(share, probability), z, load)
+
+
+def _as_autocast(t: Tensor) -> Tensor:
+    """t in the dtype that a linear layer would compute in: autocast does not see inside autograd functions."""
+    device = t.device.type
+    if t.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return t
+    dtype: torch.dtype = torch.get_autocast_dtype(device)
+    return t.to(dtype)
+
+
+def _linears(x: Tensor, weight: Tensor, slices: list[slice]) -> Tensor:
+    """[M, out]: sorted rows x [M, in], each slice of them through its expert's weight of [E, out, in]."""
+    y: Tensor = _Linears.apply(x, weight, slices)
+    return y
+
+
+class _Send(torch.autograd.Function):
+    """x [N, D] -> [M, D], a row for each choice. Its backward sums through the inverse: no rows are added in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dispatch: Dispatch, top_k: int) -> Tensor:
+        ctx.save_for_backward(dispatch.place)
+        ctx.top_k = top_k
+        return x.index_select(0, dispatch.order // top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad.index_select(0, place).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+
+
+class _Linears(torch.autograd.Function):
+    """Writes each expert's product to its slice of one tensor; in the backward, to its part of the stacked gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, slices: list[slice]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.slices = slices
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for expert, rows in enumerate(slices):
+            if rows.start < rows.stop:  # a step of decoding chooses few of many
+                torch.mm(x[rows], weight[expert].T, out=y[rows])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for expert, rows in enumerate(ctx.slices):
+            if for_x is not None:
+                torch.mm(grad[rows], weight[expert], out=for_x[rows])
+            if for_weight is not None:  # a product over no rows is zero
+                torch.mm(grad[rows].T, x[rows], out=for_weight[expert])
+        return for_x, for_weight, None
+
+
+class _Gather(torch.autograd.Function):
+    """y [M, D], weights [N, top_k] -> [N, D], the weighted sums of each token's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.save_for_backward(y, weights, dispatch.order, dispatch.place)
+        rows = y.index_select(0, dispatch.place).unflatten(0, weights.shape)
+        return torch.bmm(weights[:, None].to(y.dtype), rows)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, weights, order, place = ctx.saved_tensors
+        (grad,) = grads
+        sent = grad.index_select(0, order // weights.shape[1])
+        for_weights = torch.linalg.vecdot(sent, y).index_select(0, place)
+        for_y = sent * weights.flatten()[order, None]
+        return for_y.to(y.dtype), for_weights.view_as(weights).to(weights.dtype), None

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..kernels.provider import Target
-from ..spec import AttentionSpec, Mamba2Spec, MixerSpec, RetNetSpec, StackSpec
+from ..spec import AttentionSpec, Mamba1Spec, Mamba2Spec, MixerSpec, RetNetSpec, StackSpec
 from .attention import Attention
 from .base import Mixer
 from .latent import LatentAttention
+from .mamba1 import Mamba1
 from .mamba2 import Mamba2
 from .retention import Retention
 
@@ -18,6 +19,7 @@ def _attention(spec: AttentionSpec, stack: StackSpec, target: Target) -> Mixer[A
 
 MIXERS: dict[type[MixerSpec], Callable[..., Mixer[Any]]] = {
     AttentionSpec: _attention,
+    Mamba1Spec: Mamba1,
     Mamba2Spec: Mamba2,
     RetNetSpec: Retention,
 }
@@ -28,4 +30,4 @@ def make_mixer(spec: MixerSpec, stack: StackSpec, target: Target = Target()) -> 
     return MIXERS[type(spec)](spec, stack, target)
 
 
-__all__ = ["MIXERS", "Attention", "Mamba2", "Mixer", "Retention", "make_mixer"]
+__all__ = ["MIXERS", "Attention", "Mamba1", "Mamba2", "Mixer", "Retention", "make_mixer"]

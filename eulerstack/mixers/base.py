@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.select import Choice
+from ..layers.precision import FullPrecision as FullPrecision  # noqa: PLC0414  (the mixers import it from here)
 from ..segments import Segments
 from ..state import LayerState
 
@@ -72,34 +73,6 @@ class Mixer(nn.Module, ABC, Generic[S]):
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """The form the spec names, over a whole sequence."""
         return self.parallel(x, segments)
-
-
-class FullPrecision(nn.Module):
-    """A room for parameters that stay at least float32 whatever the model's dtype becomes: log decays, dt biases, D."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        super().__init__()
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """`.to(bfloat16)` and its like move the parameters, but never below float32."""
-
-        def keep(t: Tensor) -> Tensor:
-            changed: Tensor = fn(t)
-            dtype = torch.promote_types(changed.dtype, torch.float32)
-            return changed if changed.dtype == dtype else t.to(changed.device, dtype)
-
-        return super()._apply(keep, recurse)
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):  # type: ignore[no-untyped-def]
-        """Weights of a narrow checkpoint are widened before they are copied, or assigned."""
-        for name in self._parameters:
-            given = state_dict.get(prefix + name)
-            if given is not None:
-                state_dict[prefix + name] = given.to(torch.promote_types(given.dtype, torch.float32))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def matmul_flops(module: nn.Module, tokens: int) -> int:

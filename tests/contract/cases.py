@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import eulerstack as es
+from eulerstack.kernels.provider import Target
 from eulerstack.mixers import Mixer, make_mixer
 from eulerstack.segments import Segments
 from eulerstack.spec import expand
@@ -28,8 +29,12 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention_yarn": ("attention", {}),
     "attention_latent": ("attention", {"latent_dim": 8}),
     "attention_latent_window": ("attention", {"latent_dim": 6, "rope_head_dim": 4, "window": 7}),
+    "mamba1": ("mamba", {"variant": "mamba1", "d_state": 4, "chunk_size": 8}),
+    "mamba1_narrow": ("mamba", {"variant": "mamba1", "d_state": 3, "d_conv": 2, "dt_rank": 5, "expand": 1, "chunk_size": 4}),
+    "mamba1_reference": ("mamba", {"variant": "mamba1", "d_state": 4, "chunk_size": 8}),
     "mamba2": ("mamba", {"d_state": 8, "head_dim": 4, "chunk_size": 8}),
     "mamba2_groups": ("mamba", {"d_state": 4, "head_dim": 4, "n_groups": 2, "d_conv": 3, "chunk_size": 4}),
+    "mamba2_reference": ("mamba", {"d_state": 4, "head_dim": 4, "n_groups": 2, "norm_before_gate": True}),
     "retnet": ("retnet", {"chunk_size": 8}),
     "retnet_plain": (
         "retnet",
@@ -38,6 +43,8 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "retnet_learned": ("retnet", {"chunk_size": 8, "gamma": "learned"}),
     "retnet_gated": ("retnet", {"chunk_size": 8, "gamma": "gated"}),
     "retnet_undecayed": ("retnet", {"chunk_size": 8, "gamma": 1.0}),
+    "retnet_reference": ("retnet", {"chunk_size": 8}),
+    "retnet_gated_reference": ("retnet", {"chunk_size": 8, "gamma": "gated", "group_norm": False}),
     "retnet_paper": ("retnet", {"chunk_size": 4, "gamma": "paper_runs", "chunkwise": False}),
 }
 EMBEDDINGS: dict[str, dict[str, Any]] = {
@@ -45,6 +52,8 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
     "attention_alibi_capped": {"type": "learned", "positional": "alibi"},
     "attention_yarn": {"type": "learned", "rope_theta": 100.0, "rope_scaling": {"type": "yarn", "factor": 8.0}},
 }
+KERNELS = {"mamba1_reference": "torch", "mamba2_reference": "torch", "retnet_reference": "torch", "retnet_gated_reference": "torch"}
+"""Cases whose provider is not the one that `auto` takes here."""
 WIDTH = 16
 ROOM = 96
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -56,7 +65,8 @@ def make(name: str, dtype: torch.dtype, seed: int = 0) -> Mixer[Any]:
     kind, options = MIXERS[name]
     widths = {"d_model": WIDTH, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256}
     spec = es.StackBuilder(**widths, embedding=EMBEDDINGS.get(name)).add(kind, options).spec()
-    mixer = make_mixer(expand(spec)[0].mixer, spec).to(dtype)
+    target = Target(KERNELS.get(name, "auto"), dtype=dtype)
+    mixer = make_mixer(expand(spec)[0].mixer, spec, target).to(dtype)
     mixer.reset_parameters()
     with torch.no_grad():
         for key, weight in mixer.named_parameters():

@@ -18,12 +18,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: S
         y: Tensor = _SiluOfShiftedProducts.apply(x, state.to(x.dtype), weight, bias)
         recent = x[:, -kept:].to(state.dtype, copy=True)  # no view: it would keep all of x alive
         return y, recent if recent.shape[1] == kept else torch.cat([state, recent], 1)[:, -kept:]
-    inputs, label = _joined(x, state, segments)
+    inputs, label = joined(x, state, segments)
     y = silu(_shifted_products(inputs, label, weight) + bias)
-    return y, _kept(inputs, label, segments, kept).to(state.dtype)
+    return y, kept_inputs(inputs, label, segments, kept).to(state.dtype)
 
 
-def _joined(x: Tensor, state: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+def joined(x: Tensor, state: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """inputs [B, W-1+T, D] with the state right before each row's first real token, and their labels."""
     kept = state.shape[1]
     slots = segments.first[:, None] + torch.arange(kept, device=x.device)
@@ -45,7 +45,7 @@ def _shifted_products(inputs: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def _kept(inputs: Tensor, label: Tensor, segments: Segments, kept: int) -> Tensor:
+def kept_inputs(inputs: Tensor, label: Tensor, segments: Segments, kept: int) -> Tensor:
     """The W - 1 inputs up to each row's last real token, zero where they are of another document."""
     slots = (segments.first + segments.count)[:, None] + torch.arange(kept, device=inputs.device)
     same = label.gather(1, slots) == segments.running[:, -1:]

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ...segments import Segments
 from ..precision import wide, without_autocast
-from ..provider import Forms, Provider, anywhere
+from ..provider import Forms, Kernel, Provider, anywhere
 
 
 @without_autocast
@@ -51,25 +51,42 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Equation 7: T tokens that continue `state`, in chunks of at most `chunk_size`.
 
-    A ragged last chunk is a chunk of its own length, so it decays the state by just the tokens it has.
     Returns y [B, T, H, V], at least float32, and the state after the last real token.
+    """
+    return in_spans(_span, q, k, v, log_decay, state, segments, chunk_size)
+
+
+def in_spans(
+    span: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    segments: Segments,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`span` over a whole number of chunks, and over what is left.
+
+    A ragged last chunk is a chunk of its own length, so it decays the state by just the tokens it has.
     """
     tokens = v.shape[1]
     if tokens == 0:
         return v.to(state.dtype), state
     ragged = tokens % chunk_size
     if ragged in (0, tokens):
-        return _span(q, k, v, log_decay, state, segments, min(chunk_size, tokens))
+        y, state = span(q, k, v, log_decay, state, segments, min(chunk_size, tokens))
+        return y, state
     lengths = [tokens - ragged, ragged]
     decays = [log_decay, log_decay] if log_decay.dim() == 1 else log_decay.split(lengths, 1)
     inputs = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), decays, strict=True)
     whole, tail = segments.slice(0, lengths[0]), segments.slice(lengths[0], tokens)
-    first, state = _span(*next(inputs), state, whole, chunk_size)
-    last, state = _span(*next(inputs), state, tail, ragged)
+    first, state = span(*next(inputs), state, whole, chunk_size)
+    last, state = span(*next(inputs), state, tail, ragged)
     return torch.cat([first, last], 1), state
 
 
-class _Decays(NamedTuple):
+class Decays(NamedTuple):
     """How a span's tokens reach each other and the states between its n chunks of C tokens (batch may be 1)."""
 
     total: Tensor  # [B, n, H, C] float64, the log decay from a chunk's start through token i
@@ -86,7 +103,7 @@ def _span(
     B, T, G, K = q.shape
     H, V = v.shape[2:]
     R, n = H // G, T // size
-    decays = _decays(log_decay, segments, T, size, state.dtype)
+    decays = decays_of(log_decay, segments, T, size, state.dtype)
     q, k = (t.to(state.dtype).reshape(B, n, size, G, K).transpose(2, 3) for t in (q, k))
     x = v.to(state.dtype).reshape(B, n, size, H, V).transpose(2, 3)
 
@@ -116,7 +133,8 @@ def _scan(fed: Tensor, across: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(before, 1), after
 
 
-def _decays(log_decay: Tensor, segments: Segments, tokens: int, size: int, dtype: torch.dtype) -> _Decays:
+def decays_of(log_decay: Tensor, segments: Segments, tokens: int, size: int, dtype: torch.dtype) -> Decays:
+    """How `tokens` tokens in chunks of `size` reach each other."""
     if log_decay.dim() == 1 and segments.plain:
         tokens = size  # every chunk is alike
     total = _per_token(log_decay, tokens, segments).unflatten(1, (-1, size)).cumsum(2).transpose(2, 3)
@@ -131,7 +149,7 @@ def _decays(log_decay: Tensor, segments: Segments, tokens: int, size: int, dtype
         entering = entering * (label == start)[:, :, None]
         leaving = leaving * (label == after)[:, :, None]
         across = across * (start == after)
-    return _Decays(total, visible, entering.to(dtype), leaving.to(dtype), across.to(dtype))
+    return Decays(total, visible, entering.to(dtype), leaving.to(dtype), across.to(dtype))
 
 
 def _per_token(log_decay: Tensor, tokens: int, segments: Segments) -> Tensor:

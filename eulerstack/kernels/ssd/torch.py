@@ -14,14 +14,14 @@ from ..retention import torch as retention
 
 def parallel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments) -> Tensor:
     """The quadratic dual form over a whole sequence, without an earlier state. Returns y [B, T, H, P]."""
-    return retention.parallel(C, B, *_retained(x, dt, A), segments)
+    return retention.parallel(C, B, *retained(x, dt, A), segments)
 
 
 def recurrent(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor]:
     """One token (T = 1) that continues `state`. Returns y [B, 1, H, P] and the state after it."""
-    y, state = retention.recurrent(C, B, *_retained(x, dt, A), state.mT, segments)
+    y, state = retention.recurrent(C, B, *retained(x, dt, A), state.mT, segments)
     return y, state.mT
 
 
@@ -29,11 +29,11 @@ def chunkwise(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Segments, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """T tokens that continue `state`, in chunks of at most `chunk_size`. Returns y [B, T, H, P] and the state."""
-    y, state = retention.chunkwise(C, B, *_retained(x, dt, A), state.mT, segments, chunk_size)
+    y, state = retention.chunkwise(C, B, *retained(x, dt, A), state.mT, segments, chunk_size)
     return y, state.mT
 
 
-def _retained(x: Tensor, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def retained(x: Tensor, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """v and log decay."""
     dtype = wide(x.dtype)
     return x.to(dtype) * dt.to(dtype)[..., None], dt.double() * A.double()
