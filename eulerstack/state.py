@@ -110,16 +110,16 @@ class SSMState(LayerState):
 
 @dataclass(frozen=True)
 class WKVState(LayerState):
-    """RWKV's sums, each [B, D] and at least float32, scaled by exp(-top); shift [B, 1, D], the last input.
+    """shift [B, 1, D], the last input, and RWKV's sums, each [B, D] and at least float32, scaled by exp(-top).
 
     Where weight is zero nothing was summed yet, whatever top says.
     """
 
-    KINDS: ClassVar[dict[str, str]] = {"total": "WKV", "weight": "WKV", "top": "WKV", "shift": "conv"}
+    KINDS: ClassVar[dict[str, str]] = {"shift": "conv", "total": "WKV", "weight": "WKV", "top": "WKV"}
+    shift: Tensor
     total: Tensor
     weight: Tensor
     top: Tensor
-    shift: Tensor
 
 
 @dataclass(frozen=True)

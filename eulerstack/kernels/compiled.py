@@ -1,11 +1,16 @@
-"""Loops that Numba compiles for a CPU, and what they need: views of tensors, a parallel range, an exponential."""
+"""Loops that Numba compiles for a CPU, and what they need: views of tensors, threads, an exponential."""
 
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba.extending import overload
 from torch import Tensor
 
@@ -13,19 +18,30 @@ Loop = Callable[..., Any]
 
 FAST_MATH = {"contract", "nsz", "reassoc", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
 
-grid = numba.prange  # a range whose steps run on several threads
-
 
 def compiled(function: Loop) -> Loop:
-    """The function, compiled for the types it is called with and kept on disk; its `grid` runs on several threads."""
-    made: Loop = numba.njit(function, parallel=True, fastmath=FAST_MATH, error_model="numpy", cache=True)
+    """The function, compiled for the types it is called with and kept on disk; it runs without Python's lock."""
+    made: Loop = numba.njit(function, nogil=True, fastmath=FAST_MATH, error_model="numpy", cache=True)
     return made
 
 
-def part(function: Loop) -> Loop:
-    """A function that compiled ones call, on their thread."""
-    made: Loop = numba.njit(function, fastmath=FAST_MATH, error_model="numpy", cache=True)
-    return made
+def spread(loop: Loop, count: int, *rest: Any) -> None:
+    """loop(begin, end, *rest) over 0 .. count - 1, a share for each of PyTorch's threads."""
+    shares = max(1, min(torch.get_num_threads(), count))
+    *others, mine = pairwise([count * i // shares for i in range(shares + 1)])
+    waiting = [_threads().submit(loop, *share, *rest) for share in others]
+    loop(*mine, *rest)
+    for share in waiting:
+        share.result()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Python's threads, because Numba's own abort a process that forks, or one that calls from two threads."""
+    return ThreadPoolExecutor(os.cpu_count(), "eulerstack")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
 
 
 def view(*tensors: Tensor) -> list[Any]:

@@ -8,6 +8,8 @@ from .provider import Provider, Target
 PROVIDERS: dict[str, tuple[str, ...]] = {
     "attention": ("torch",),
     "conv": ("numba", "torch"),
+    "long_conv": ("torch",),
+    "wkv": ("torch",),
     "retention": ("numba", "torch"),
     "selective_scan": ("numba", "torch"),
     "ssd": ("numba", "torch"),

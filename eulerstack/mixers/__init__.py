@@ -4,13 +4,26 @@ from collections.abc import Callable
 from typing import Any
 
 from ..kernels.provider import Target
-from ..spec import AttentionSpec, Mamba1Spec, Mamba2Spec, MixerSpec, RetNetSpec, StackSpec
+from ..spec import (
+    AttentionSpec,
+    HyenaSpec,
+    LinearAttentionSpec,
+    Mamba1Spec,
+    Mamba2Spec,
+    MixerSpec,
+    RetNetSpec,
+    RWKVSpec,
+    StackSpec,
+)
 from .attention import Attention
 from .base import Mixer
+from .hyena import Hyena
 from .latent import LatentAttention
+from .linear import LinearAttention
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
 from .retention import Retention
+from .rwkv import RWKV
 
 
 def _attention(spec: AttentionSpec, stack: StackSpec, target: Target) -> Mixer[Any]:
@@ -19,9 +32,12 @@ def _attention(spec: AttentionSpec, stack: StackSpec, target: Target) -> Mixer[A
 
 MIXERS: dict[type[MixerSpec], Callable[..., Mixer[Any]]] = {
     AttentionSpec: _attention,
+    HyenaSpec: Hyena,
+    LinearAttentionSpec: LinearAttention,
     Mamba1Spec: Mamba1,
     Mamba2Spec: Mamba2,
     RetNetSpec: Retention,
+    RWKVSpec: RWKV,
 }
 
 
@@ -30,4 +46,16 @@ def make_mixer(spec: MixerSpec, stack: StackSpec, target: Target = Target()) -> 
     return MIXERS[type(spec)](spec, stack, target)
 
 
-__all__ = ["MIXERS", "Attention", "Mamba1", "Mamba2", "Mixer", "Retention", "make_mixer"]
+__all__ = [
+    "MIXERS",
+    "RWKV",
+    "Attention",
+    "Hyena",
+    "LatentAttention",
+    "LinearAttention",
+    "Mamba1",
+    "Mamba2",
+    "Mixer",
+    "Retention",
+    "make_mixer",
+]

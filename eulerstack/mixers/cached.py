@@ -104,9 +104,8 @@ class CachedAttention(Mixer[R], Generic[R]):
 
     def _written(self, state: R, new: Entries, segments: Segments) -> R:
         """The caches with the tokens of each row's last document in their slots."""
-        write = _write_plain if segments.plain else _write_ragged
         fresh = iter(new)
-        return state.map(lambda cache: write(cache, next(fresh).to(cache.dtype), segments))
+        return state.map(lambda cache: written(cache, next(fresh), segments))
 
     def _slots(self, max_tokens: int, rollback: int) -> tuple[int, int | None]:
         """How many slots the cache has, and its window: one too short for the window holds every token."""
@@ -129,6 +128,12 @@ def _apart(segments: Segments) -> Tensor:
     """[B or 1, T, T] int64: how far each token stands behind each query."""
     assert segments.position is not None
     return segments.position[..., :, None] - segments.position[..., None, :]
+
+
+def written(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:
+    """The cache [B, S, ...] with the new tokens [B, T, ...] of each row's last document in their slots."""
+    write = _write_plain if segments.plain else _write_ragged
+    return write(cache, new.to(cache.dtype), segments)
 
 
 def _write_plain(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:

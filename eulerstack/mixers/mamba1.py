@@ -27,7 +27,7 @@ class SelectiveScan(FullPrecision):
 
 
 class Mamba1(Mixer[SSMState]):
-    """B, C and dt depend on the convolved x; dt is of low rank. All weights are stored apart, to be split by channel."""
+    """B, C and dt depend on the convolved x; dt is of low rank. Weights are stored apart, to be split by channel."""
 
     def __init__(self, spec: Mamba1Spec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ class LinearAttentionSpec(Block):
 class RWKVSpec(Block):
     """RWKV-4's time mixing."""
 
-    chunk_size: Positive = 64
+    chunk_size: Positive = 16
 
 
 class HyenaSpec(Block):

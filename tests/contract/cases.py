@@ -12,7 +12,7 @@ from eulerstack.kernels.provider import Target
 from eulerstack.mixers import Mixer, make_mixer
 from eulerstack.segments import Segments
 from eulerstack.spec import expand
-from eulerstack.state import LayerState, RingState
+from eulerstack.state import HistoryState, LayerState, RingState
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {}),
@@ -29,8 +29,15 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention_yarn": ("attention", {}),
     "attention_latent": ("attention", {"latent_dim": 8}),
     "attention_latent_window": ("attention", {"latent_dim": 6, "rope_head_dim": 4, "window": 7}),
+    "hyena": ("hyena", {"filter_hidden": 8}),
+    "hyena_deep": ("hyena", {"filter_hidden": 4, "depth": 3, "d_conv": 2, "filter_decay": 0.2}),
+    "linear_attention": ("linear_attention", {"chunk_size": 8}),
+    "linear_attention_reference": ("linear_attention", {"chunk_size": 4}),
     "mamba1": ("mamba", {"variant": "mamba1", "d_state": 4, "chunk_size": 8}),
-    "mamba1_narrow": ("mamba", {"variant": "mamba1", "d_state": 3, "d_conv": 2, "dt_rank": 5, "expand": 1, "chunk_size": 4}),
+    "mamba1_narrow": (
+        "mamba",
+        {"variant": "mamba1", "d_state": 3, "d_conv": 2, "dt_rank": 5, "expand": 1, "chunk_size": 4},
+    ),
     "mamba1_reference": ("mamba", {"variant": "mamba1", "d_state": 4, "chunk_size": 8}),
     "mamba2": ("mamba", {"d_state": 8, "head_dim": 4, "chunk_size": 8}),
     "mamba2_groups": ("mamba", {"d_state": 4, "head_dim": 4, "n_groups": 2, "d_conv": 3, "chunk_size": 4}),
@@ -46,13 +53,21 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "retnet_reference": ("retnet", {"chunk_size": 8}),
     "retnet_gated_reference": ("retnet", {"chunk_size": 8, "gamma": "gated", "group_norm": False}),
     "retnet_paper": ("retnet", {"chunk_size": 4, "gamma": "paper_runs", "chunkwise": False}),
+    "rwkv": ("rwkv", {"chunk_size": 8}),
+    "rwkv_wide_chunks": ("rwkv", {"chunk_size": 32}),
 }
 EMBEDDINGS: dict[str, dict[str, Any]] = {
     "attention_alibi": {"type": "learned", "positional": "alibi"},
     "attention_alibi_capped": {"type": "learned", "positional": "alibi"},
     "attention_yarn": {"type": "learned", "rope_theta": 100.0, "rope_scaling": {"type": "yarn", "factor": 8.0}},
 }
-KERNELS = {"mamba1_reference": "torch", "mamba2_reference": "torch", "retnet_reference": "torch", "retnet_gated_reference": "torch"}
+KERNELS = {
+    "linear_attention_reference": "torch",
+    "mamba1_reference": "torch",
+    "mamba2_reference": "torch",
+    "retnet_reference": "torch",
+    "retnet_gated_reference": "torch",
+}
 """Cases whose provider is not the one that `auto` takes here."""
 WIDTH = 16
 ROOM = 96
@@ -90,6 +105,8 @@ def drawn_state(mixer: Mixer[Any], batch: int, start: int, dtype: torch.dtype) -
 
 def seen(state: LayerState, length: int) -> dict[str, Tensor]:
     """What a state says about the future: of a cache, only the slots that a later query can see."""
+    if isinstance(state, HistoryState):
+        return {"inputs": state.inputs[:, :length], "conv": state.conv}
     if not isinstance(state, RingState):
         return state.tensors()
     slots = state.slots

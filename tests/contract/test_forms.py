@@ -106,7 +106,8 @@ def test_no_token_sees_the_future_and_every_token_matters(mixer: str) -> None:
     x = torch.randn(1, 12, WIDTH, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(module.parallel(x)[0, 6].sum(), x)
     reach = grad[0].abs().sum(-1)
-    assert (reach[7:] == 0).all()
+    leaks = 1e-14 if MIXERS[mixer][0] == "hyena" else 0.0  # a Fourier transform rounds all of its outputs together
+    assert (reach[7:] <= leaks * reach.max()).all()
     assert (reach[3:7] > 0).all()
 
 

@@ -194,7 +194,9 @@ def test_a_forked_process_can_use_it_or_not(uses: bool) -> None:
     """As a DataLoader's worker is forked after the model has run."""
     inputs, context = drawn(4, 6, 3 * numba.BLOCK, 2), multiprocessing.get_context("fork")
     wanted, queue = scan_of_ones(inputs).sum().item(), context.SimpleQueue()
-    child = context.Process(target=scan_of_ones, args=(inputs, queue)) if uses else context.Process(target=len, args=("",))
+    child = (
+        context.Process(target=scan_of_ones, args=(inputs, queue)) if uses else context.Process(target=len, args=("",))
+    )
     child.start()
     child.join(30)
     alive = child.is_alive()

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...segments import Segments
-from ..compiled import compiled, exp, grid, view
+from ..compiled import compiled, exp, spread, view
 from ..precision import wide, without_autocast
 from ..provider import Provider, on_cpu
-from .torch import joined, kept_inputs
+from .windows import joined, kept_inputs
 
 BLOCK = 64  # channels that one thread takes through all tokens
 
@@ -38,7 +38,12 @@ class _SiluOfTaps(torch.autograd.Function):
         ctx.save_for_backward(inputs, weight, bias, label)
         inputs, taps = inputs.contiguous(), weight.T.contiguous()
         y = inputs.new_empty(inputs.shape[0], inputs.shape[1] - taps.shape[0] + 1, inputs.shape[2])
-        _forward_loop(*view(inputs, taps, bias.contiguous(), _labels(label), y), label is not None)
+        spread(
+            _forward_loop,
+            y.shape[:2].numel(),
+            *view(inputs, taps, bias.contiguous(), _labels(label), y),
+            label is not None,
+        )
         return y
 
     @staticmethod
@@ -48,7 +53,13 @@ class _SiluOfTaps(torch.autograd.Function):
         inputs, taps = inputs.contiguous(), weight.T.contiguous()
         for_inputs, for_taps, for_bias = (torch.zeros_like(t) for t in (inputs, taps, bias))
         arrays = view(grads[0].contiguous(), inputs, taps, bias.contiguous(), _labels(label))
-        _backward_loop(*arrays, *view(for_inputs, for_taps, for_bias), label is not None)
+        spread(
+            _backward_loop,
+            -(-bias.shape[0] // BLOCK),
+            *arrays,
+            *view(for_inputs, for_taps, for_bias),
+            label is not None,
+        )
         return for_inputs, for_taps.T, for_bias, None
 
 
@@ -57,10 +68,10 @@ def _labels(label: Tensor | None) -> Tensor:
 
 
 @compiled
-def _forward_loop(inputs: Any, taps: Any, bias: Any, label: Any, y: Any, labelled: Any) -> None:
-    B, T, D = y.shape
+def _forward_loop(begin: Any, end: Any, inputs: Any, taps: Any, bias: Any, label: Any, y: Any, labelled: Any) -> None:
+    _, T, D = y.shape
     W = taps.shape[0]
-    for at in grid(B * T):
+    for at in range(begin, end):
         b, t = at // T, at % T
         to, one = y[b, t], y.dtype.type(1)
         for d in range(D):
@@ -77,12 +88,12 @@ def _forward_loop(inputs: Any, taps: Any, bias: Any, label: Any, y: Any, labelle
 
 @compiled
 def _backward_loop(
-    grads: Any, inputs: Any, taps: Any, bias: Any, label: Any, for_inputs: Any, for_taps: Any, for_bias: Any,
-    labelled: Any,
+    begin: Any, end: Any, grads: Any, inputs: Any, taps: Any, bias: Any, label: Any,
+    for_inputs: Any, for_taps: Any, for_bias: Any, labelled: Any,
 ) -> None:  # fmt: skip
     B, T, D = grads.shape
     W = taps.shape[0]
-    for block in grid((D + BLOCK - 1) // BLOCK):
+    for block in range(begin, end):
         first, last = block * BLOCK, min(D, (block + 1) * BLOCK)
         total, one = np.empty(BLOCK, grads.dtype), grads.dtype.type(1)
         for b in range(B):

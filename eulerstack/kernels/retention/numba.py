@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...segments import Segments
-from ..compiled import compiled, exp, grid, part, view
+from ..compiled import compiled, exp, spread, view
 from ..precision import without_autocast
 from ..provider import Forms, Provider, on_cpu
 from .torch import decays_of, in_spans, parallel, recurrent
@@ -107,7 +107,7 @@ def _decayed(scores: Tensor, total: Tensor, label: Tensor | None, heads: int) ->
     """Every head's scores times its decays, [B, n, H, C, C]."""
     B, n, _, C, _ = scores.shape
     weights = scores.new_empty(B, n, heads, C, C)
-    _decayed_loop(*view(scores, total, _labels(label, B, n, C), weights), label is not None)
+    spread(_decayed_loop, B * n * heads, *view(scores, total, _labels(label, B, n, C), weights), label is not None)
     return weights
 
 
@@ -115,21 +115,21 @@ def _packed(v: Tensor, leaving: Tensor, size: int, groups: int) -> tuple[Tensor,
     """v by head [B, n, H, C, V], and times `leaving` by group [B, n, G, C, R V]."""
     B, T, H, V = v.shape
     x, left = v.new_empty(B, T // size, H, size, V), v.new_empty(B, T // size, groups, size, H // groups * V)
-    _packed_loop(*view(v, leaving, x, left))
+    spread(_packed_loop, B * T // size, *view(v, leaving, x, left))
     return x, left
 
 
 def _forwards(fed: Tensor, across: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The states before each chunk, [B, n, G, K, R V], and the one after the last, [B, H, K, V]."""
     before, after = torch.empty_like(fed), torch.empty_like(state, memory_format=torch.contiguous_format)
-    _forwards_loop(*view(fed, across, state.contiguous(), before, after))
+    spread(_forwards_loop, state.shape[:2].numel(), *view(fed, across, state.contiguous(), before, after))
     return before, after
 
 
 def _summed(inner: Tensor, carried: Tensor, entering: Tensor, shape: torch.Size) -> Tensor:
     """y [B, T, H, V]."""
     y = inner.new_empty(shape)
-    _summed_loop(*view(inner, carried, entering, y))
+    spread(_summed_loop, inner.shape[:2].numel(), *view(inner, carried, entering, y))
     return y
 
 
@@ -140,7 +140,7 @@ def _unsummed(
     B, T, H, V = for_y.shape
     out, through = for_y.new_empty(B, T // size, H, size, V), torch.empty_like(carried)
     for_entering = for_y.new_empty(B, T // size, H, size)
-    _unsummed_loop(*view(for_y, carried, entering, out, through, for_entering))
+    spread(_unsummed_loop, B * T // size, *view(for_y, carried, entering, out, through, for_entering))
     return out, through, for_entering.sum_to_size(entering.shape)
 
 
@@ -152,7 +152,7 @@ def _undecayed(
     weights, for_scores = torch.empty_like(for_weights), torch.empty_like(scores)
     for_total = torch.zeros(B, n, H, C, dtype=torch.float64)
     arrays = view(for_weights, scores, total, _labels(label, B, n, C), weights, for_scores, for_total)
-    _undecayed_loop(*arrays, label is not None, decayed)
+    spread(_undecayed_loop, B * n * scores.shape[2], *arrays, label is not None, decayed)
     return weights, for_scores, for_total.sum_to_size(total.shape)
 
 
@@ -161,14 +161,18 @@ def _backwards(for_before: Tensor, before: Tensor, across: Tensor, for_after: Te
     B, n = before.shape[:2]
     for_fed, for_state = torch.empty_like(before), torch.empty_like(for_after)
     for_across = before.new_zeros(B, n, for_after.shape[1])
-    _backwards_loop(*view(for_before, before, across, for_after, for_fed, for_state, for_across))
+    spread(
+        _backwards_loop,
+        for_after.shape[:2].numel(),
+        *view(for_before, before, across, for_after, for_fed, for_state, for_across),
+    )
     return for_fed, for_state, for_across.sum_to_size(across.shape)
 
 
 def _unpacked(for_x: Tensor, for_left: Tensor, x: Tensor, leaving: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """The gradients of v [B, T, H, V] and of `leaving`."""
     for_v, for_leaving = x.new_empty(shape), x.new_empty(x.shape[:4])
-    _unpacked_loop(*view(for_x, for_left, x, leaving, for_v, for_leaving))
+    spread(_unpacked_loop, x.shape[:2].numel(), *view(for_x, for_left, x, leaving, for_v, for_leaving))
     return for_v, for_leaving.sum_to_size(leaving.shape)
 
 
@@ -177,10 +181,10 @@ def _labels(label: Tensor | None, B: int, n: int, C: int) -> Tensor:
 
 
 @compiled
-def _decayed_loop(scores: Any, total: Any, label: Any, weights: Any, labelled: Any) -> None:
-    B, n, H, C, _ = weights.shape
+def _decayed_loop(begin: Any, end: Any, scores: Any, total: Any, label: Any, weights: Any, labelled: Any) -> None:
+    _, n, H, C, _ = weights.shape
     R = H // scores.shape[2]
-    for at in grid(B * n * H):
+    for at in range(begin, end):
         b, i, h = at // (n * H), at // H % n, at % H
         sums, own = total[b % total.shape[0], i % total.shape[1], h], scores[b, i, h // R]
         to = weights[b, i, h]
@@ -197,13 +201,13 @@ def _decayed_loop(scores: Any, total: Any, label: Any, weights: Any, labelled: A
 
 @compiled
 def _undecayed_loop(
-    given: Any, scores: Any, total: Any, label: Any, weights: Any, for_scores: Any, for_total: Any,
-    labelled: Any, decayed: Any,
+    begin: Any, end: Any, given: Any, scores: Any, total: Any, label: Any, weights: Any, for_scores: Any,
+    for_total: Any, labelled: Any, decayed: Any,
 ) -> None:  # fmt: skip
-    B, n, H, C, _ = weights.shape
+    _, n, H, C, _ = weights.shape
     G = scores.shape[2]
     R = H // G
-    for at in grid(B * n * G):
+    for at in range(begin, end):
         b, i, g = at // (n * G), at // G % n, at % G
         own, to = scores[b, i, g], for_scores[b, i, g]
         to[:] = 0
@@ -226,7 +230,7 @@ def _undecayed_loop(
                 _pairs(grads, own, for_total[b, i, h])
 
 
-@part
+@compiled
 def _pairs(grads: Any, scores: Any, for_total: Any) -> None:
     """What each pair of different tokens adds to the later one's sum and takes from the earlier one's."""
     C = grads.shape[0]
@@ -240,10 +244,10 @@ def _pairs(grads: Any, scores: Any, for_total: Any) -> None:
 
 
 @compiled
-def _packed_loop(v: Any, leaving: Any, x: Any, left: Any) -> None:
-    B, n, H, C, V = x.shape
+def _packed_loop(begin: Any, end: Any, v: Any, leaving: Any, x: Any, left: Any) -> None:
+    _, n, H, C, V = x.shape
     R = H // left.shape[2]
-    for at in grid(B * n):
+    for at in range(begin, end):
         b, i = at // n, at % n
         for h in range(H):
             by, first = leaving[b % leaving.shape[0], i % leaving.shape[1], h], h % R * V
@@ -255,10 +259,12 @@ def _packed_loop(v: Any, leaving: Any, x: Any, left: Any) -> None:
 
 
 @compiled
-def _unpacked_loop(for_x: Any, for_left: Any, x: Any, leaving: Any, for_v: Any, for_leaving: Any) -> None:
-    B, n, H, C, V = x.shape
+def _unpacked_loop(
+    begin: Any, end: Any, for_x: Any, for_left: Any, x: Any, leaving: Any, for_v: Any, for_leaving: Any
+) -> None:
+    _, n, H, C, V = x.shape
     R = H // for_left.shape[2]
-    for at in grid(B * n):
+    for at in range(begin, end):
         b, i = at // n, at % n
         for h in range(H):
             by, first = leaving[b % leaving.shape[0], i % leaving.shape[1], h], h % R * V
@@ -273,10 +279,10 @@ def _unpacked_loop(for_x: Any, for_left: Any, x: Any, leaving: Any, for_v: Any, 
 
 
 @compiled
-def _summed_loop(inner: Any, carried: Any, entering: Any, y: Any) -> None:
-    B, n, H, C, V = inner.shape
+def _summed_loop(begin: Any, end: Any, inner: Any, carried: Any, entering: Any, y: Any) -> None:
+    _, n, H, C, V = inner.shape
     R = H // carried.shape[2]
-    for at in grid(B * n):
+    for at in range(begin, end):
         b, i = at // n, at % n
         for h in range(H):
             by, first = entering[b % entering.shape[0], i % entering.shape[1], h], h % R * V
@@ -287,10 +293,12 @@ def _summed_loop(inner: Any, carried: Any, entering: Any, y: Any) -> None:
 
 
 @compiled
-def _unsummed_loop(for_y: Any, carried: Any, entering: Any, out: Any, through: Any, for_entering: Any) -> None:
-    B, n, H, C, V = out.shape
+def _unsummed_loop(
+    begin: Any, end: Any, for_y: Any, carried: Any, entering: Any, out: Any, through: Any, for_entering: Any
+) -> None:
+    _, n, H, C, V = out.shape
     R = H // carried.shape[2]
-    for at in grid(B * n):
+    for at in range(begin, end):
         b, i = at // n, at % n
         for h in range(H):
             by, first = entering[b % entering.shape[0], i % entering.shape[1], h], h % R * V
@@ -306,11 +314,11 @@ def _unsummed_loop(for_y: Any, carried: Any, entering: Any, out: Any, through: A
 
 
 @compiled
-def _forwards_loop(fed: Any, across: Any, state: Any, before: Any, after: Any) -> None:
-    B, n, G, K, _ = fed.shape
+def _forwards_loop(begin: Any, end: Any, fed: Any, across: Any, state: Any, before: Any, after: Any) -> None:
+    _, n, G, K, _ = fed.shape
     H, V = state.shape[1], state.shape[3]
     R = H // G
-    for at in grid(B * H):
+    for at in range(begin, end):
         b, h = at // H, at % H
         g, first = h // R, h % R * V
         after[b, h] = state[b, h]
@@ -329,12 +337,20 @@ def _forwards_loop(fed: Any, across: Any, state: Any, before: Any, after: Any) -
 
 @compiled
 def _backwards_loop(
-    for_before: Any, before: Any, across: Any, for_after: Any, for_fed: Any, for_state: Any, for_across: Any
+    begin: Any,
+    end: Any,
+    for_before: Any,
+    before: Any,
+    across: Any,
+    for_after: Any,
+    for_fed: Any,
+    for_state: Any,
+    for_across: Any,
 ) -> None:
-    B, n, G, K, _ = before.shape
+    _, n, G, K, _ = before.shape
     H, V = for_after.shape[1], for_after.shape[3]
     R = H // G
-    for at in grid(B * H):
+    for at in range(begin, end):
         b, h = at // H, at % H
         g, first = h // R, h % R * V
         for_state[b, h] = for_after[b, h]

@@ -4,29 +4,21 @@ A thread takes a row and a block of channels, whose states stay in its cache, th
 forward keeps the states between chunks alone; those inside are computed again, one chunk at a time.
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...segments import Segments
-from ..compiled import FAST_MATH, exp, view
+from ..compiled import compiled, exp, spread, view
 from ..precision import without_autocast
 from ..provider import Forms, Provider, on_cpu
 from .torch import opens, parallel, recurrent
 
 BLOCK = 64  # channels: wide enough for vector loops, and the states of some dozens each fit the first-level cache
 GOES_ON, OPENS, PADDING = 0, 1, 2  # what a token does
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @without_autocast
@@ -62,7 +54,7 @@ class _Scan(torch.autograd.Function):
         chunks = -(-x.shape[1] // size)
         y, after = torch.zeros_like(x), torch.empty_like(state)
         kept = state.new_empty(state.shape[0], chunks, *state.shape[1:])
-        _spread(_forward_loop, x, *view(x, dt, A, B, C, state, kinds, y, kept, after), size)
+        spread(_forward_loop, x.shape[0] * _blocks(x), *view(x, dt, A, B, C, state, kinds, y, kept, after), size)
         ctx.save_for_backward(x, dt, A, B, C, kinds, kept)
         ctx.size = size
         return y, after
@@ -76,48 +68,22 @@ class _Scan(torch.autograd.Function):
         for_A = torch.empty_like(for_after)  # of each row
         for_B, for_C = (t.new_zeros(_blocks(x), *t.shape) for t in (B, C))  # of each block
         arrays = view(x, dt, A, B, C, kinds, kept, for_y, for_after, for_x, for_dt, for_A, for_B, for_C, for_state)
-        _spread(_backward_loop, x, *arrays, ctx.size)
+        spread(_backward_loop, x.shape[0] * _blocks(x), *arrays, ctx.size)
         return for_x, for_dt, for_A.sum(0), for_B.sum(0), for_C.sum(0), for_state, None, None
-
-
-def _spread(loop: Callable[..., None], x: Tensor, *rest: Any) -> None:
-    """loop(first, last, ...) over all rows and blocks of x [B, T, D], a share for each of PyTorch's threads."""
-    count = x.shape[0] * _blocks(x)
-    shares = max(1, min(torch.get_num_threads(), count))
-    bounds = [count * i // shares for i in range(shares + 1)]
-    *others, mine = pairwise(bounds)
-    waiting = [_threads().submit(loop, *share, *rest) for share in others]
-    loop(*mine, *rest)
-    for share in waiting:
-        share.result()
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    """Python's threads, because Numba's own abort a process that forks, or one that calls from two threads."""
-    return ThreadPoolExecutor(os.cpu_count(), "selective_scan")
-
-
-os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
 
 
 def _blocks(x: Tensor) -> int:
     return -(-x.shape[2] // BLOCK)
 
 
-def _compiled(function: F) -> F:
-    made: F = numba.njit(function, fastmath=FAST_MATH, nogil=True, error_model="numpy")
-    return made
-
-
-@_compiled
+@compiled
 def _forward_loop(
-    first: Any, last: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any, kinds: Any, y: Any, kept: Any,
+    begin: Any, end: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any, kinds: Any, y: Any, kept: Any,
     after: Any, size: Any,
 ) -> None:  # fmt: skip
-    N, D = A.shape
+    D = x.shape[2]
     blocks = (D + BLOCK - 1) // BLOCK
-    for at in range(first, last):
+    for at in range(begin, end):
         b, start = at // blocks, at % blocks * BLOCK
         stop = min(start + BLOCK, D)
         rates, held, fed = A[:, start:stop].copy(), state[b, :, start:stop].copy(), np.empty(stop - start, x.dtype)
@@ -133,14 +99,14 @@ def _forward_loop(
         _copy(held, after[b, :, start:stop])
 
 
-@_compiled
+@compiled
 def _backward_loop(
-    first: Any, last: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, kinds: Any, kept: Any, for_y: Any, for_after: Any,
+    begin: Any, end: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, kinds: Any, kept: Any, for_y: Any, for_after: Any,
     for_x: Any, for_dt: Any, for_A: Any, for_B: Any, for_C: Any, for_state: Any, size: Any,
 ) -> None:  # fmt: skip
     N, D = A.shape
     blocks = (D + BLOCK - 1) // BLOCK
-    for at in range(first, last):
+    for at in range(begin, end):
         b, i = at // blocks, at % blocks
         start, stop = i * BLOCK, min(i * BLOCK + BLOCK, D)
         rates, grad = A[:, start:stop].copy(), for_after[b, :, start:stop].copy()
@@ -176,7 +142,7 @@ def _backward_loop(
         _copy(grad, for_state[b, :, start:stop])
 
 
-@_compiled
+@compiled
 def _advance(held: Any, rates: Any, dt: Any, fed: Any, B: Any, C: Any, y: Any) -> None:
     """One token: the states [N, d] of d channels become those after it, and y [d], zero before, what it reads."""
     for n in range(held.shape[0]):
@@ -186,7 +152,7 @@ def _advance(held: Any, rates: Any, dt: Any, fed: Any, B: Any, C: Any, y: Any) -
             y[d] += own[d] * c
 
 
-@_compiled
+@compiled
 def _again(before: Any, rates: Any, dt: Any, fed: Any, B: Any, for_y: Any, after: Any, for_C: Any) -> None:
     """One token forwards again: the states after it, and the gradient of C, which needs them."""
     for n in range(before.shape[0]):
@@ -197,7 +163,7 @@ def _again(before: Any, rates: Any, dt: Any, fed: Any, B: Any, for_y: Any, after
         for_C[n] = total
 
 
-@_compiled
+@compiled
 def _retreat(
     before: Any, grad: Any, rates: Any, dt: Any, fed: Any, B: Any, C: Any, for_y: Any,
     for_rates: Any, for_dt: Any, for_fed: Any, for_B: Any,
@@ -217,27 +183,27 @@ def _retreat(
         for_B[n] = total
 
 
-@_compiled
+@compiled
 def _product(x: Any, dt: Any, fed: Any) -> None:
     for d in range(fed.shape[0]):
         fed[d] = x[d] * dt[d]
 
 
-@_compiled
+@compiled
 def _unproduct(x: Any, dt: Any, for_fed: Any, for_x: Any, for_dt: Any) -> None:
     for d in range(for_fed.shape[0]):
         for_x[d] = for_fed[d] * dt[d]
         for_dt[d] += for_fed[d] * x[d]
 
 
-@_compiled
+@compiled
 def _copy(source: Any, to: Any) -> None:
     for n in range(to.shape[0]):
         for d in range(to.shape[1]):
             to[n, d] = source[n, d]
 
 
-@_compiled
+@compiled
 def _clear(states: Any) -> None:
     for n in range(states.shape[0]):
         for d in range(states.shape[1]):

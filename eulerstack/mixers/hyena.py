@@ -1,0 +1,187 @@
+"""Hyena (Poli et al. 2023, arXiv 2302.10866): long convolutions with gates between them."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.conv.windows import taps_of
+from ..kernels.precision import wide, without_autocast
+from ..kernels.provider import Target
+from ..kernels.select import select
+from ..layers.ffn import init_linear
+from ..segments import Segments
+from ..spec import HyenaSpec, StackSpec
+from ..state import HistoryState
+from .base import Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .cached import written
+from .mamba2 import ShortConv
+
+BANDS = 8  # sines and cosines of the position that a filter is made of
+FREQUENCY = 10.0  # of the sine activations at the start
+FASTEST = 5.0  # how many times as fast as the slowest channel's the fastest's filter falls
+FALLEN = 1e-2  # what is left of the slowest after its time
+
+
+class Filter(nn.Module):
+    """taps [S, depth, D] of absolute distance: a small sine network times an exponential window a channel.
+
+    They do not depend on the sequence's length, so that a prefix gives a prefix.
+    """
+
+    def __init__(self, spec: HyenaSpec, width: int, longest: int) -> None:
+        super().__init__()
+        self.depth, self.width, self.longest, self.decay = spec.depth, width, longest, spec.filter_decay
+        self.in_proj = nn.Linear(1 + 2 * BANDS, spec.filter_hidden)
+        self.mid_proj = nn.Linear(spec.filter_hidden, spec.filter_hidden)
+        self.out_proj = nn.Linear(spec.filter_hidden, spec.depth * width, bias=False)
+        self._known: tuple[object, Tensor] | None = None
+
+    @without_autocast
+    def forward(self, length: int, like: Tensor) -> Tensor:
+        """The first `length` taps, at least float32; without gradients they are kept until a weight changes."""
+        if torch.is_grad_enabled():
+            return self._taps(length, like)
+        length = min(self.longest, 1 << (length - 1).bit_length())
+        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.parameters() if not p.is_inference()]
+        key = (length, like.device, wide(like.dtype), *weights)
+        if self._known is None or self._known[0] != key or len(weights) < 5:
+            self._known = (key, self._taps(length, like))
+        return self._known[1]
+
+    def _taps(self, length: int, like: Tensor) -> Tensor:
+        dtype = wide(like.dtype)
+        place = torch.arange(length, dtype=torch.float64, device=like.device)[:, None]
+        angle = 2 * math.pi * place / self.longest * torch.arange(1, BANDS + 1, device=like.device)
+        x = torch.cat([place / self.longest, angle.cos(), angle.sin()], -1).to(dtype)
+        for layer in (self.in_proj, self.mid_proj):
+            x = torch.sin(FREQUENCY * F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype)))
+        taps = F.linear(x, self.out_proj.weight.to(dtype)).unflatten(-1, (self.depth, self.width))
+        windowed: Tensor = taps * self._window(place).to(dtype)[:, None]
+        return windowed
+
+    def _window(self, place: Tensor) -> Tensor:
+        """[S, D] float64, of unit energy: rates from the slowest channel's to the fastest's, evenly in their logs."""
+        slowest = -math.log(FALLEN) / (self.decay * self.longest)
+        share = torch.linspace(0, 1, self.width, dtype=torch.float64, device=place.device)
+        rate = slowest * FASTEST**share
+        window: Tensor = (1 - torch.exp(-2 * rate)).sqrt() * torch.exp(-rate * place)
+        return window
+
+    def reset_parameters(self) -> None:
+        for layer in (self.in_proj, self.mid_proj, self.out_proj):
+            init_linear(layer)
+
+
+class Hyena(Mixer[HistoryState]):
+    """v = x_i * (h_i * v + d_i v) for each of `depth` gates x_i; gates and v pass a short convolution first.
+
+    Its state is the history of what the long convolutions took in, so that it grows with every token.
+    """
+
+    grows = True
+
+    def __init__(self, spec: HyenaSpec, stack: StackSpec, target: Target = Target()) -> None:
+        super().__init__()
+        width = stack.model.d_model
+        self.spec, self.width = spec, width
+        self.choices = (select("long_conv", target),)
+        self.ops = self.choices[0].kernels
+        self.in_proj = nn.Linear(width, (spec.depth + 1) * width, bias=False)
+        self.conv = ShortConv((spec.depth + 1) * width, spec.d_conv)
+        self.filter = Filter(spec, width, stack.model.max_seq_len)
+        self.skip = nn.Parameter(torch.empty(spec.depth, width))
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        segments = placed(segments, x)
+        if x.shape[1] == 0:
+            return x
+        empty = self.init_state(x.shape[0], 0, x.device, x.dtype).conv
+        streams, _ = self._streams(x, empty, segments)
+        taps = self.filter(x.shape[1], x)
+        v, gates = streams[-1], streams[:-1]
+        for i, gate in enumerate(gates):
+            v = self._gated(gate, v, self.ops.parallel(v, taps[:, i], segments), i)
+        return segments.mask(self.out_proj(v))
+
+    def chunkwise(
+        self, x: Tensor, state: HistoryState, segments: Segments | None = None, *, chunk_size: int | None = None
+    ) -> tuple[Tensor, HistoryState]:
+        """Chunks over the history and themselves; the whole x is one chunk by default."""
+        segments, size = continued(segments), checked(chunk_size, max(1, x.shape[1]))
+        parts = []
+        for start in range(0, x.shape[1], size):
+            stop = min(start + size, x.shape[1])
+            y, state = self._chunk(x[:, start:stop], state, segments.slice(start, stop))
+            parts.append(y)
+        return torch.cat(parts, 1) if parts else x, state
+
+    def _chunk(self, x: Tensor, state: HistoryState, segments: Segments) -> tuple[Tensor, HistoryState]:
+        streams, conv = self._streams(x, state.conv, segments)
+        taps, inputs = self.filter(self._reach(state, segments), x), []
+        v = streams[-1]
+        for i, gate in enumerate(streams[:-1]):
+            inputs.append(v)
+            v = self._gated(gate, v, self.ops.chunkwise(v, taps[:, i], state.inputs[:, :, i], segments), i)
+        after = HistoryState(written(state.inputs, torch.stack(inputs, 2), segments), conv)
+        return segments.mask(self.out_proj(v)), after
+
+    def recurrent(
+        self, x: Tensor, state: HistoryState, segments: Segments | None = None
+    ) -> tuple[Tensor, HistoryState]:
+        """One token: its sum over the history, which holds it by then."""
+        check_one_token(x)
+        segments = continued(segments)
+        streams, conv = self._streams(x, state.conv, segments)
+        taps, histories = self.filter(self._reach(state, segments), x), []
+        v = streams[-1]
+        for i, gate in enumerate(streams[:-1]):
+            histories.append(written(state.inputs[:, :, i], v, segments))
+            v = self._gated(gate, v, self.ops.recurrent(v, taps[:, i], histories[-1], segments), i)
+        return segments.mask(self.out_proj(v)), HistoryState(torch.stack(histories, 2), conv)
+
+    def _streams(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The gates and v, [B, T, D] each, and the short convolution's state."""
+        weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
+        mixed, conv = taps_of(self.in_proj(x), weight, bias, conv, segments)
+        return mixed.split(self.width, -1), conv
+
+    def _gated(self, gate: Tensor, v: Tensor, filtered: Tensor, stage: int) -> Tensor:
+        return gate * (filtered.to(v.dtype) + self.skip[stage] * v)
+
+    def _reach(self, state: HistoryState, segments: Segments) -> int:
+        """How many taps the call can need."""
+        assert segments.position is not None
+        tokens = segments.position.shape[1]
+        return state.inputs.shape[1] if segments.bound is None else min(state.inputs.shape[1], segments.bound + tokens)
+
+    def init_state(
+        self,
+        batch: int,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rollback: int = 0,
+    ) -> HistoryState:
+        weight, depth = self.in_proj.weight, self.spec.depth
+        device, dtype = device or weight.device, dtype or weight.dtype
+        inputs = torch.zeros(batch, max_tokens, depth, self.width, device=device, dtype=dtype)
+        conv = torch.zeros(batch, self.spec.d_conv - 1, (depth + 1) * self.width, device=device, dtype=dtype)
+        return HistoryState(inputs, conv)
+
+    def flops(self, tokens: int) -> int:
+        """Three transforms of twice the length for each stage and channel, 5 n log2 n / 2 each, and the filters."""
+        n = 2 * tokens
+        transforms = 3 * self.spec.depth * self.width * round(2.5 * n * math.log2(max(n, 2)))
+        taps = 2 * self.spec.d_conv * self.conv.weight.shape[0] * tokens
+        return matmul_flops(self, tokens) + transforms + taps
+
+    def reset_parameters(self, out_scale: float = 1.0) -> None:
+        init_linear(self.in_proj)
+        init_linear(self.out_proj, out_scale)
+        self.conv.reset_parameters()
+        self.filter.reset_parameters()
+        nn.init.ones_(self.skip)
