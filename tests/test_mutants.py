@@ -28,9 +28,9 @@ MUTANTS = {
     "a step ignores the document's start": (
         "kernels/retention/torch.py", "decay = decay * (segments.running == 0)", "decay = decay * 1"),
     "the convolution sees the document before": (
-        "kernels/conv/torch.py", "seen = (label[:, tap : tap + tokens] == own)[..., None]", "seen = (label[:, tap : tap + tokens] >= 0)[..., None]"),
+        "kernels/conv/windows.py", "seen = (label[:, tap : tap + tokens] == own)[..., None]", "seen = (label[:, tap : tap + tokens] >= 0)[..., None]"),
     "the convolution's state has padding in it": (
-        "kernels/conv/torch.py", "slots = (segments.first + segments.count)[:, None]", "slots = (0 * segments.first + segments.label.shape[1])[:, None]"),
+        "kernels/conv/windows.py", "slots = (segments.first + segments.count)[:, None]", "slots = (0 * segments.first + segments.label.shape[1])[:, None]"),
     "positions go on over a document's start": (
         "segments.py", "position = index - offset + ", "position = index - segments_first(self) + ".replace("segments_first(self)", "self.first[:, None]")),
     "a window too wide by one": (

@@ -14,7 +14,7 @@ from ..provider import Forms, Provider, anywhere
 
 State = tuple[Tensor, Tensor, Tensor]
 
-NOTHING = -1e30  # the exponent of what is not there
+NOTHING = -1e300  # the exponent of what is not there
 
 
 @without_autocast

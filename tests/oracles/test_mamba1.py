@@ -11,7 +11,7 @@ from eulerstack.mixers import Mixer, make_mixer
 from eulerstack.segments import Segments
 from eulerstack.spec import expand
 
-from .conftest import close
+from ..conftest import close
 
 WIDTH, TOKENS = 48, 70
 OPTIONS = [{}, {"d_state": 8, "expand": 3, "dt_rank": 7}]
