@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import eulerstack as es
+from eulerstack.mixers import Retention
+from eulerstack.segments import Segments
 
 from .conftest import rms_ratio
 from .contract.cases import MIXERS, ROOM, WIDTH, make
@@ -42,8 +44,6 @@ def test_recurrent_states_are_float32_in_a_bfloat16_model(mixer: str) -> None:
     for name, tensor in state.tensors().items():
         assert tensor.dtype == (torch.float32 if name in WIDE else torch.bfloat16)
     x = torch.randn(1, 4, WIDTH, dtype=torch.bfloat16)
-    from eulerstack.segments import Segments
-
     after = module.chunkwise(x, state, Segments.dense(4))[1]
     assert {n: t.dtype for n, t in after.tensors().items()} == {n: t.dtype for n, t in state.tensors().items()}
 
@@ -51,8 +51,6 @@ def test_recurrent_states_are_float32_in_a_bfloat16_model(mixer: str) -> None:
 @pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_bfloat16_is_near_float64(mixer: str, form: str) -> None:
-    from eulerstack.segments import Segments
-
     half, full = make(mixer, torch.bfloat16), make(mixer, torch.bfloat16).to(torch.float64)
     x = torch.randn(2, 48, WIDTH, dtype=torch.bfloat16)
     wanted = full.parallel(x.double())
@@ -79,3 +77,15 @@ def test_autocast_leaves_decays_and_states_alone(build_mini: Callable[..., es.St
     assert rms_ratio(logits, wanted) < 3e-2
     assert state.layers[0].tensors()["ssm"].dtype == torch.float32
     assert state.layers[1].tensors()["kv"].dtype == torch.float32
+
+
+def test_eight_heads_of_a_bfloat16_retnet_forget_at_eight_rates() -> None:
+    """gamma = 1 - 2^-12 is 1 in bfloat16; what is left of a state after one token is not."""
+    mixer = es.StackBuilder(d_model=32, n_heads=8).add("retnet").build(dtype=torch.bfloat16).blocks[0].mixer
+    assert isinstance(mixer, Retention)
+    state = mixer.init_state(1, 1).map(torch.ones_like)
+    for form in (mixer.recurrent, mixer.chunkwise):
+        _, after = form(torch.zeros(1, 1, 32, dtype=torch.bfloat16), state, Segments.dense(1))
+        left = after.kv[0, :, 0, 0]
+        assert left.unique().numel() == 8
+        assert torch.allclose(left.double(), 1 - torch.exp2(-5.0 - torch.arange(8).double()), rtol=1e-7, atol=0)

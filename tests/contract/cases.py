@@ -75,13 +75,18 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def make(name: str, dtype: torch.dtype, seed: int = 0) -> Mixer[Any]:
+    """The mixer of a case."""
+    widths = {"d_model": WIDTH, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256}
+    return built(*MIXERS[name], {**widths, "embedding": EMBEDDINGS.get(name)}, KERNELS.get(name, "auto"), dtype, seed)
+
+
+def built(
+    kind: str, options: dict[str, Any], model: dict[str, Any], kernels: str, dtype: torch.dtype, seed: int
+) -> Mixer[Any]:
     """A mixer with weights scaled up, so that it matters what it does."""
     torch.manual_seed(seed)
-    kind, options = MIXERS[name]
-    widths = {"d_model": WIDTH, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256}
-    spec = es.StackBuilder(**widths, embedding=EMBEDDINGS.get(name)).add(kind, options).spec()
-    target = Target(KERNELS.get(name, "auto"), dtype=dtype)
-    mixer = make_mixer(expand(spec)[0].mixer, spec, target).to(dtype)
+    spec = es.StackBuilder(**model).add(kind, options).spec()
+    mixer = make_mixer(expand(spec)[0].mixer, spec, Target(kernels, dtype=dtype)).to(dtype)
     mixer.reset_parameters()
     with torch.no_grad():
         for key, weight in mixer.named_parameters():

@@ -165,6 +165,14 @@ def test_one_segments_serves_every_form(mixer: str) -> None:
     close(module.recurrent(x, state.map(torch.clone), dense)[0], one, 1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_shift_of_all_positions_changes_nothing(mixer: str, dtype: torch.dtype, tolerance: float) -> None:
+    """By 100,000 tokens, where a float32 angle would be off by 1e-2."""
+    module, x = make(mixer, dtype), torch.randn(2, TOKENS, WIDTH, dtype=dtype)
+    close(module.parallel(x, Segments.dense(TOKENS, 100_000)), module.parallel(x), tolerance)
+
+
 def test_mixers_can_be_copied_and_pickled() -> None:
     import copy
     import pickle

@@ -128,7 +128,6 @@ KEYS = {
     "qkv_bias": ("{type: attention}", "{type: attention, attention: {qkv_bias: true}}"),
     "mamba1": ("{type: mamba}", "{type: mamba, mamba: {variant: mamba1}}"),
     "dt_rank": ("{type: mamba}", "{type: mamba, mamba: {variant: mamba1, dt_rank: 7}}"),
-    "linear attention": ("{type: attention}", "{type: linear_attention}"),
     "rwkv": ("{type: attention}", "{type: rwkv}"),
     "hyena": ("{type: attention}", "{type: hyena}"),
     "hyena depth": ("{type: attention}", "{type: hyena, hyena: {depth: 3}}"),
@@ -153,6 +152,7 @@ KEYS = {
     "repeat": ("template: attn_layer\n    repeat: 1", "template: attn_layer\n    repeat: 2"),
 }
 SAME_SHAPE = {
+    "linear attention": ("{type: attention}", "{type: linear_attention}"),
     "rope": ("rope: true", "rope: false"),
     "gamma": ("rope: true", "gamma: paper_runs"),
     "group_norm": ("rope: true", "group_norm: false"),

@@ -116,6 +116,34 @@ def test_gradients_are_clipped_to_the_hint_or_the_trainers_value(
     assert max(norms[1:]) == pytest.approx(0.02, rel=1e-3)
 
 
+MOE = "ffn: {type: moe, moe: {experts: 4, bias_correction: {update_rate: 0.5}, z_loss: 0.01}}"
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_routers_are_logged_and_balanced_once_a_step(
+    stack_file: Path, corpus: Path, tmp_path: Path, accumulated: int
+) -> None:
+    stack_file.write_text(stack_file.read_text().replace("ffn: {type: gated_mlp}", MOE))
+    L.seed_everything(0, verbose=False)
+    module, calls = es.StackModule(str(stack_file)), []
+    trainer = L.Trainer(max_steps=3, accumulate_grad_batches=accumulated, default_root_dir=tmp_path, **QUIET)
+    data = es.TextData(str(corpus), seq_len=32, batch_size=4, cache_dir=str(tmp_path / "cache"))
+    rebalance = module.model.rebalance
+    module.model.rebalance = lambda loads: (calls.append(loads), rebalance(loads))  # type: ignore[method-assign,assign,func-returns-value]
+    trainer.fit(module, data)
+    logged = trainer.callback_metrics
+    assert {"load_balance", "router_z", "router_busiest/0", "router_busiest/2"} <= logged.keys()
+    assert logged["router_busiest/1"] >= 1
+    assert len(calls) == 3
+    for loads in calls:  # every token of every accumulated batch chose two experts
+        assert {int(load.sum()) for load in loads.values()} == {2 * accumulated * 4 * 32}
+    biases = [b for name, b in module.model.named_buffers() if name.endswith("correction.bias")]
+    assert len(biases) == 3
+    for bias in biases:
+        assert (bias.abs() % 0.5 == 0).all()
+        assert 0 < bias.abs().max() <= 1.5
+
+
 def test_every_epoch_trains_on_every_batch(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
     module = es.StackModule(str(stack_file))
     data = es.TextData(str(corpus), seq_len=32, batch_size=16, cache_dir=str(tmp_path / "cache"))
