@@ -8,7 +8,7 @@ DEMO := runs/demo
 # A CPU build of torch where pip can find one: the plain name would fetch gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: setup demo test test-full check bench clean
+.PHONY: setup demo test test-full test-triton check bench clean
 
 setup: $(READY)
 
@@ -32,6 +32,12 @@ test: $(READY)
 
 test-full: $(READY)
 	$(BIN)/pytest -m "not gpu"
+
+# Triton's interpreter runs the GPU kernels on a CPU, slowly: their results, not their speed.
+test-triton: $(READY)
+	$(BIN)/pip install --quiet triton
+	$(BIN)/pip install --quiet --no-deps fla-core einops
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/test_fla.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -10,13 +10,14 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "conv": ("numba", "torch"),
     "long_conv": ("torch",),
     "wkv": ("torch",),
-    "retention": ("numba", "torch"),
+    "retention": ("numba", "torch", "fla"),
     "selective_scan": ("numba", "torch"),
-    "ssd": ("numba", "torch"),
+    "ssd": ("numba", "torch", "fla"),
 }
-"""Operation -> its providers, the fastest first; each is a file, kernels/<operation>/<provider>.py."""
+"""Operation -> its providers in the order that `auto` tries them; each is a file, kernels/<operation>/<provider>.py.
 
-GPU_ONLY = frozenset({"fla", "flash_attn", "mamba_ssm", "causal_conv1d"})
+What stands behind `torch`, which serves everything, is taken only by name: it has not been measured on a GPU yet.
+"""
 
 
 class Choice(NamedTuple):
@@ -39,7 +40,7 @@ def select(operation: str, target: Target, needs: frozenset[str] = frozenset()) 
         return _asked_for(operation, target, needs)
     refusals: list[str] = []
     for name in names:
-        reason = _too_early(name, target) or _why_not(operation, name, target, needs)
+        reason = _why_not(operation, name, target, needs)
         if reason is None:
             return Choice(operation, name, _load(operation, name).kernels, "; ".join(refusals) or "the fastest here")
         refusals.append(f"{name}: {reason}")
@@ -59,11 +60,6 @@ def _asked_for(operation: str, target: Target, needs: frozenset[str]) -> Choice:
     if reason is not None:
         raise ValueError(f"kernels={name!r} cannot serve {operation}: {reason}; use kernels='auto'")
     return Choice(operation, name, _load(operation, name).kernels, "asked for")
-
-
-def _too_early(name: str, target: Target) -> str | None:
-    """What is known without the seconds that importing a GPU library takes."""
-    return "runs on a GPU only" if name in GPU_ONLY and target.device in ("cpu", "meta") else None
 
 
 def _why_not(operation: str, name: str, target: Target, needs: frozenset[str]) -> str | None:

@@ -41,12 +41,12 @@ class Filter(nn.Module):
     @without_autocast
     def forward(self, length: int, like: Tensor) -> Tensor:
         """The first `length` taps, at least float32; without gradients they are kept until a weight changes."""
-        if torch.is_grad_enabled():
-            return self._taps(length, like)
-        length = min(self.longest, 1 << (length - 1).bit_length())
-        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.parameters() if not p.is_inference()]
+        if torch.is_grad_enabled() or any(p.is_inference() for p in self.parameters()):
+            return self._taps(length, like)  # an inference tensor has no version that would tell of a change
+        length = 1 << (length - 1).bit_length()
+        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.parameters()]
         key = (length, like.device, wide(like.dtype), *weights)
-        if self._known is None or self._known[0] != key or len(weights) < 5:
+        if self._known is None or self._known[0] != key:
             self._known = (key, self._taps(length, like))
         return self._known[1]
 

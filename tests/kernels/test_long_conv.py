@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import eulerstack as es
 from eulerstack.kernels.long_conv import torch as long_conv
+from eulerstack.mixers import Hyena
 from eulerstack.segments import Segments
 
 from ..conftest import close
@@ -38,3 +40,18 @@ def test_a_history_is_the_tokens_before(start: int) -> None:
     history[:, start] = x[:, start]
     one = long_conv.recurrent(x[:, start : start + 1], taps, history, Segments.dense(1, start))
     close(one, whole[:, start : start + 1], 1e-12)
+
+
+def test_filters_are_kept_until_a_weight_changes() -> None:
+    """And are the same with gradients and without, also beyond max_seq_len."""
+    mixer = es.StackBuilder(d_model=8, n_heads=2, max_seq_len=16).add("hyena").build().blocks[0].mixer
+    assert isinstance(mixer, Hyena)
+    filters, like = mixer.filter, torch.zeros(1)
+    for length in (1, 5, 16, 40):
+        with torch.no_grad():
+            kept = filters(length, like)
+            assert kept is filters(length, like)
+        close(kept[:length], filters(length, like), 1e-6)
+    with torch.no_grad():
+        filters.out_proj.weight.mul_(2)
+        close(filters(40, like), 2 * kept, 1e-6)

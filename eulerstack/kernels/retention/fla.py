@@ -1,0 +1,60 @@
+"""Retention by flash-linear-attention's Triton kernels (`simple_gla`): documents are sequences of a packed batch.
+
+They choose their own chunk (64 tokens at most). A call's real tokens are packed, so that padding costs nothing.
+"""
+
+import os
+
+import torch
+from fla.ops.simple_gla import chunk_simple_gla
+from torch import Tensor
+
+from ...segments import Segments
+from ..precision import wide, without_autocast
+from ..provider import Forms, Provider, Target
+from .torch import recurrent
+
+
+@without_autocast
+def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, segments: Segments) -> Tensor:
+    """A whole sequence without an earlier state. Returns y [B, T, H, V], at least float32."""
+    state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=wide(v.dtype))
+    return _packed(q, k, v, log_decay, state, segments)[0]
+
+
+@without_autocast
+def chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, segments: Segments, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """T tokens that continue `state`. Returns y [B, T, H, V], at least float32, and the state after them."""
+    return _packed(q, k, v, log_decay, state, segments)
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """Every document from its own state; a row's state becomes that of its last document."""
+    B, T, H, V = v.shape
+    found = segments.documents(B)
+    if found.place.numel() == 0:
+        return torch.zeros_like(v, dtype=state.dtype), state
+    q, k = (t.repeat_interleave(H // t.shape[2], 2).to(v.dtype) for t in (q, k))
+    g = log_decay.expand(B, T, H).to(torch.float32)
+    inputs = (t.flatten(0, 1)[found.place][None] for t in (q, k, v, g))
+    opening = torch.where(found.incoming[:, None, None, None], state[found.row], 0).contiguous()
+    y, after = chunk_simple_gla(
+        *inputs, scale=1.0, initial_state=opening, output_final_state=True, cu_seqlens=found.bounds
+    )
+    y = y.new_zeros(B * T, H, V, dtype=state.dtype).index_copy(0, found.place, y[0].to(state.dtype))
+    kept = (found.last < 0)[:, None, None, None]
+    return y.unflatten(0, (B, T)), torch.where(kept, state, after[found.last].to(state.dtype))
+
+
+def refuses(target: Target, needs: frozenset[str]) -> str | None:
+    """Triton compiles for a GPU; its interpreter (TRITON_INTERPRET=1) runs the same kernels slowly on a CPU."""
+    if target.device in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
+        return "runs on a GPU only"
+    return "has no float64" if target.dtype == torch.float64 else None
+
+
+PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), refuses)
