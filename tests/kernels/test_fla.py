@@ -35,7 +35,7 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing can be timed without a GPU, and a kernel's loop must count in tensors, as a compiled one does."""
     if DEVICE == "cuda":
         return
-    import fla.ops.common.chunk_h as chunk_h
+    from fla.ops.common import chunk_h
     from triton.runtime.autotuner import Autotuner
 
     monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: [1.0, 1.0, 1.0])

@@ -4,6 +4,7 @@ Everything is computed in at least float32. Cumulative log decays are summed in 
 are rounded, so that a decay never depends on how far the sums have run.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from ...segments import Segments
 from ..precision import wide, without_autocast
 from ..provider import Forms, Kernel, Provider, anywhere
+
+SPAN = 4096  # tokens at once: a CPU's allocator hands out larger tensors from fresh pages, at twice the time
 
 
 @without_autocast
@@ -66,24 +69,25 @@ def in_spans(
     segments: Segments,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`span` over a whole number of chunks, and over what is left.
+    """`span` over whole numbers of chunks, SPAN tokens at most, and over what is left.
 
     A ragged last chunk is a chunk of its own length, so it decays the state by just the tokens it has.
     """
     tokens = v.shape[1]
     if tokens == 0:
         return v.to(state.dtype), state
-    ragged = tokens % chunk_size
-    if ragged in (0, tokens):
-        y, state = span(q, k, v, log_decay, state, segments, min(chunk_size, tokens))
-        return y, state
-    lengths = [tokens - ragged, ragged]
-    decays = [log_decay, log_decay] if log_decay.dim() == 1 else log_decay.split(lengths, 1)
-    inputs = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), decays, strict=True)
-    whole, tail = segments.slice(0, lengths[0]), segments.slice(lengths[0], tokens)
-    first, state = span(*next(inputs), state, whole, chunk_size)
-    last, state = span(*next(inputs), state, tail, ragged)
-    return torch.cat([first, last], 1), state
+    parts = []
+    for start, stop in pairwise(_cuts(tokens, chunk_size)):
+        part, size = slice(start, stop), min(chunk_size, stop - start)
+        decay = log_decay if log_decay.dim() == 1 else log_decay[:, part]
+        y, state = span(q[:, part], k[:, part], v[:, part], decay, state, segments.slice(start, stop), size)
+        parts.append(y)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1), state
+
+
+def _cuts(tokens: int, chunk_size: int) -> list[int]:
+    whole = tokens - tokens % chunk_size
+    return sorted({*range(0, whole, max(chunk_size, SPAN // chunk_size * chunk_size)), whole, 0, tokens})
 
 
 class Decays(NamedTuple):
