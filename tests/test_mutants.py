@@ -45,6 +45,26 @@ MUTANTS = {
         "kernels/conv/torch.py", "_before(for_state, lag, x.shape[1]).addcmul_(reach, tap)", "_before(for_state, lag, x.shape[1])"),
     "gradients of the decay are one-sided": (
         "kernels/retention/torch.py", "grad.sum(-1, dtype=torch.float64) - grad.sum(-2, dtype=torch.float64)", "grad.sum(-1, dtype=torch.float64)"),
+    "a compiled chunk reads its state undecayed": (
+        "kernels/retention/numba.py", "own[e] + more[e] * by[c]", "own[e] + more[e]"),
+    "compiled gradients lose what a state carries on": (
+        "kernels/retention/numba.py", "grad[e] = grad[e] * by + more[e]", "grad[e] = grad[e] * by"),
+    "a compiled convolution's gradient takes one tap": (
+        "kernels/conv/numba.py", "back[d] += total[d] * by[d]", "back[d] = total[d] * by[d]"),
+    "a scan's gradient passes into the document before": (
+        "kernels/selective_scan/numba.py", "_clear(grad)", "_copy(grad, grad)"),
+    "a scan's dt has the gradient of one number of state": (
+        "kernels/selective_scan/numba.py", "for_dt[d] += for_log * rate[d]", "for_dt[d] = for_log * rate[d]"),
+    "a long span starts from the state of the one before": (
+        "kernels/retention/torch.py", "y, state = span(q[:, part]", "y, _ = span(q[:, part]"),
+    "the token has no bonus": (
+        "kernels/wkv/torch.py", "own = u + k", "own = 0 * u + k"),
+    "padding decays a weighted mean": (
+        "kernels/wkv/torch.py", "held = (_known(state) - segments.count[:, None] * w)", "held = (_known(state) - tokens * w)"),
+    "a long convolution wraps around": (
+        "kernels/long_conv/torch.py", "size = max(2 * tokens, 2)", "size = max(tokens, 2)"),
+    "a latent's rotated key is not turned": (
+        "mixers/latent.py", "rotate(key[:, :, None], *turn)[:, :, 0]", "key"),
 }  # fmt: skip
 
 
