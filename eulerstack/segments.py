@@ -56,7 +56,7 @@ class Segments:
             return replace(self, real=real).placed(start, tokens, bound)
         label = self.label
         index = torch.arange(tokens, device=label.device).expand_as(label)
-        begins = (label >= 0) & (label != torch.nn.functional.pad(label, (1, 0), value=-1)[:, :-1])
+        begins = _begins(label)
         offset = torch.where(begins, index, 0).cummax(1).values
         position = index - offset + torch.where(label == 0, start[:, None], 0)
         return replace(self, position=torch.where(label >= 0, position, 0), start=start, bound=bound)
@@ -112,6 +112,12 @@ class Segments:
         causal = torch.ones(1, tokens, tokens, dtype=torch.bool, device=device).tril()
         visible = causal if self.plain else self.together
         return visible if window is None else visible & ~causal.tril(-window)
+
+    @property
+    def apart(self) -> Tensor:
+        """[B or 1, T, T] int64: how far each token stands behind each query."""
+        assert self.position is not None
+        return self.position[..., :, None] - self.position[..., None, :]
 
     def documents(self, batch: int) -> "Documents":
         """The real tokens of all documents, one document after the other."""
@@ -199,13 +205,18 @@ def _documents(segments: Segments, batch: int) -> Documents:
     assert segments.position is not None
     tokens, device = segments.position.shape[1], segments.position.device
     label = torch.zeros(batch, tokens, dtype=torch.int64, device=device) if segments.plain else segments.label
-    begins = (label >= 0) & (label != torch.nn.functional.pad(label, (1, 0), value=-1)[:, :-1])
+    begins = _begins(label)
     starts, place = begins.flatten().nonzero()[:, 0], (label >= 0).flatten().nonzero()[:, 0]
     rank = (label >= 0).flatten().cumsum(0) - 1
     bounds = torch.cat([rank[starts], rank.new_full((1,), place.numel())])
     row = starts // max(tokens, 1)
     last = torch.full((batch,), -1, device=device).scatter_reduce(0, row, torch.arange(len(row), device=device), "amax")
     return Documents(place, bounds, row, label.flatten()[starts] == 0, last)
+
+
+def _begins(label: Tensor) -> Tensor:
+    """[B, T] bool: the token is the first of a document of the call."""
+    return (label >= 0) & (label != torch.nn.functional.pad(label, (1, 0), value=-1)[:, :-1])
 
 
 def pack_mask(lengths: Tensor, tokens: int, left: bool = False) -> Tensor:

@@ -20,7 +20,7 @@ MUTANTS = {
     "decays summed in float32": (
         "kernels/retention/torch.py", "decay = log_decay.double()", "decay = log_decay.float()"),
     "packed documents leak inside a chunk": (
-        "kernels/retention/torch.py", "visible = visible & (label[..., :, None] == label[..., None, :])[:, :, None]", "visible = visible & (label >= 0)[:, :, None, None]"),
+        "kernels/retention/torch.py", "same: Tensor = (label[..., :, None] == label[..., None, :])[:, :, None]", "same = (label >= 0)[:, :, None, None]"),
     "a document inherits the state of the one before": (
         "kernels/retention/torch.py", "entering = entering * (label == start)[:, :, None]", "entering = entering * (label >= 0)[:, :, None]"),
     "padding decays a state": (

@@ -27,20 +27,17 @@ class Forms(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Kernels of one operation; `refuses(target, needs)` says why they cannot serve, or None.
-
-    `needs` are the parts of the operation beyond the plain one, such as a soft-cap.
-    """
+    """Kernels of one operation; `refuses(target)` says why they cannot serve, or None."""
 
     kernels: Any
-    refuses: Callable[[Target, frozenset[str]], str | None]
+    refuses: Callable[[Target], str | None]
 
 
-def anywhere(target: Target, needs: frozenset[str]) -> str | None:
+def anywhere(target: Target) -> str | None:
     """The reference's answer: it serves everything."""
     return None
 
 
-def on_cpu(target: Target, needs: frozenset[str]) -> str | None:
+def on_cpu(target: Target) -> str | None:
     """The answer of kernels compiled for a CPU."""
     return None if target.device in ("cpu", "meta") else "runs on a CPU only"

@@ -29,7 +29,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def select(operation: str, target: Target, needs: frozenset[str] = frozenset()) -> Choice:
+def select(operation: str, target: Target) -> Choice:
     """The provider asked for, or with `auto` the fastest that can serve.
 
     A name that has no kernels for this operation leaves it to `auto`. Raises ValueError where the provider asked for
@@ -37,10 +37,10 @@ def select(operation: str, target: Target, needs: frozenset[str] = frozenset()) 
     """
     names = PROVIDERS[operation]
     if target.kernels in names:
-        return _asked_for(operation, target, needs)
+        return _asked_for(operation, target)
     refusals: list[str] = []
     for name in names:
-        reason = _why_not(operation, name, target, needs)
+        reason = _why_not(operation, name, target)
         if reason is None:
             return Choice(operation, name, _load(operation, name).kernels, "; ".join(refusals) or "the fastest here")
         refusals.append(f"{name}: {reason}")
@@ -54,17 +54,17 @@ def check_name(kernels: str) -> None:
         raise ValueError(f"kernels={kernels!r}: there is no such provider; use one of {', '.join(['auto', *known])}")
 
 
-def _asked_for(operation: str, target: Target, needs: frozenset[str]) -> Choice:
+def _asked_for(operation: str, target: Target) -> Choice:
     name = target.kernels
-    reason = _why_not(operation, name, target, needs)
+    reason = _why_not(operation, name, target)
     if reason is not None:
         raise ValueError(f"kernels={name!r} cannot serve {operation}: {reason}; use kernels='auto'")
     return Choice(operation, name, _load(operation, name).kernels, "asked for")
 
 
-def _why_not(operation: str, name: str, target: Target, needs: frozenset[str]) -> str | None:
+def _why_not(operation: str, name: str, target: Target) -> str | None:
     try:
-        return _load(operation, name).refuses(target, needs)
+        return _load(operation, name).refuses(target)
     except ModuleNotFoundError as error:
         return f"{(error.name or '').partition('.')[0]} is not installed"
     except ImportError as error:

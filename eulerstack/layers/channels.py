@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..spec import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec
-from .ffn import MLP, GatedMLP, init_linear
+from .ffn import MLP, GatedMLP, init_linear, matmul_flops
 from .moe import MoE
 
 
@@ -29,4 +29,4 @@ def ffn_flops(ffn: nn.Module | None, tokens: int) -> int:
     """Forward FLOPs over `tokens` tokens."""
     if isinstance(ffn, MoE):
         return ffn.flops(tokens)
-    return 0 if ffn is None else sum(2 * tokens * m.weight.numel() for m in ffn.modules() if isinstance(m, nn.Linear))
+    return 0 if ffn is None else matmul_flops(ffn, tokens)

@@ -89,3 +89,8 @@ def init_linear(layer: nn.Module, scale: float = 1.0) -> None:
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def matmul_flops(module: nn.Module, tokens: int) -> int:
+    """Forward FLOPs of the module's linear layers over `tokens` tokens."""
+    return sum(2 * tokens * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

@@ -6,14 +6,14 @@ from torch.nn import functional as F
 
 from ..kernels.attention import Logits
 from ..kernels.provider import Target
-from ..kernels.select import Choice, select
-from ..layers.ffn import init_linear
+from ..kernels.select import select
+from ..layers.ffn import init_linear, matmul_flops
 from ..layers.norm import RMSNorm
+from ..layers.precision import FullPrecision
 from ..layers.rope import alibi_slopes, make_rope, phases, rotate
 from ..segments import Segments
 from ..spec import AttentionSpec, StackSpec
 from ..state import KVState
-from .base import FullPrecision, matmul_flops
 from .cached import CachedAttention, Entries
 
 
@@ -30,7 +30,7 @@ class Attention(CachedAttention[KVState]):
         self.key_dim = model.d_model // self.heads
         self.logits = LogitsOf(spec, stack, self.key_dim**-0.5)
         self.measures = self.logits.slopes is not None
-        self.choices = (choose_attention(spec, stack, target),)
+        self.choices = (select("attention", target),)
         self.ops = self.choices[0].kernels
         rotary = stack.embedding.positional == "rope"
         self.rope = make_rope(stack.embedding, model.max_seq_len, self.key_dim) if rotary else None
@@ -109,17 +109,6 @@ class LogitsOf(nn.Module):
         if self.learned is not None:
             return self.learned.get_parameter("sinks")
         return None if self.fixed is None else torch.zeros(self.fixed)
-
-
-def choose_attention(spec: AttentionSpec, stack: StackSpec, target: Target) -> Choice:
-    """The provider of attention, by what the layer needs beyond the plain operation."""
-    wanted = {
-        "softcap": spec.logit_softcap is not None,
-        "sinks": spec.attention_sinks is not None,
-        "alibi": stack.embedding.positional == "alibi",
-        "latent": spec.latent_dim is not None,
-    }
-    return select("attention", target, frozenset(name for name, needed in wanted.items() if needed))
 
 
 def reset_attention(mixer: nn.Module, out_scale: float) -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.select import Choice
-from ..layers.precision import FullPrecision as FullPrecision  # noqa: PLC0414  (the mixers import it from here)
 from ..segments import Segments
 from ..state import LayerState
 
@@ -73,11 +72,6 @@ class Mixer(nn.Module, ABC, Generic[S]):
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """The form the spec names, over a whole sequence."""
         return self.parallel(x, segments)
-
-
-def matmul_flops(module: nn.Module, tokens: int) -> int:
-    """Forward FLOPs of the module's linear layers over `tokens` tokens."""
-    return sum(2 * tokens * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def placed(segments: Segments | None, x: Tensor) -> Segments:

@@ -62,7 +62,7 @@ class CachedAttention(Mixer[R], Generic[R]):
         if not segments.plain:
             before = before & (segments.label == 0)[..., None]
         visible = _beside(before, segments.among(self.window))
-        distance = None if past is None or not self.measures else _beside(past, _apart(segments))
+        distance = None if past is None or not self.measures else _beside(past, segments.apart)
         caches = (cache[:, : before.shape[2]] for cache in state.tensors().values())
         held, more = (torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(caches, new, strict=True))
         y = self._over(q.to(held.dtype), (held, more), visible, distance, step=False)
@@ -122,12 +122,6 @@ class CachedAttention(Mixer[R], Generic[R]):
 def _beside(cached: Tensor, own: Tensor) -> Tensor:
     """[B, T, S + T]"""
     return torch.cat([cached, own.expand(cached.shape[0], -1, -1)], -1)
-
-
-def _apart(segments: Segments) -> Tensor:
-    """[B or 1, T, T] int64: how far each token stands behind each query."""
-    assert segments.position is not None
-    return segments.position[..., :, None] - segments.position[..., None, :]
 
 
 def written(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:

@@ -10,11 +10,11 @@ from ..kernels.conv.windows import taps_of
 from ..kernels.precision import wide, without_autocast
 from ..kernels.provider import Target
 from ..kernels.select import select
-from ..layers.ffn import init_linear
+from ..layers.ffn import init_linear, matmul_flops
 from ..segments import Segments
 from ..spec import HyenaSpec, StackSpec
 from ..state import HistoryState
-from .base import Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, placed
 from .cached import written
 from .mamba2 import ShortConv
 

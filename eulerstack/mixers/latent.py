@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.provider import Target
+from ..kernels.select import select
+from ..layers.ffn import matmul_flops
 from ..layers.norm import RMSNorm
 from ..layers.rope import make_rope, phases, rotate
 from ..segments import Segments
 from ..spec import AttentionSpec, StackSpec
 from ..state import LatentState
-from .attention import LogitsOf, choose_attention, reset_attention
-from .base import matmul_flops
+from .attention import LogitsOf, reset_attention
 from .cached import CachedAttention, Entries
 
 
@@ -31,7 +32,7 @@ class LatentAttention(CachedAttention[LatentState]):
         self.rope = make_rope(stack.embedding, model.max_seq_len, self.turned) if rotary else None
         self.logits = LogitsOf(spec, stack, (self.key_dim + self.turned) ** -0.5)
         self.measures = self.logits.slopes is not None
-        self.choices = (choose_attention(spec, stack, target),)
+        self.choices = (select("attention", target),)
         self.ops = self.choices[0].kernels
         heads_width = self.heads * self.key_dim
         self.q_proj = nn.Linear(model.d_model, self.heads * (self.key_dim + self.turned), bias=False)

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
-from ..layers.ffn import init_linear
+from ..layers.ffn import init_linear, matmul_flops
 from ..segments import Segments
 from ..spec import LinearAttentionSpec, StackSpec
 from ..state import RetentionState
-from .base import Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, placed
 
 
 class LinearAttention(Mixer[RetentionState]):

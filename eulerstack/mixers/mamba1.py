@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
-from ..layers.ffn import init_linear, swiglu
+from ..layers.ffn import init_linear, matmul_flops, swiglu
 from ..layers.precision import FullPrecision
 from ..segments import Segments
 from ..spec import Mamba1Spec, StackSpec
 from ..state import SSMState
-from .base import Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, placed
 from .mamba2 import DT_FLOOR, DT_RANGE, ShortConv
 
 

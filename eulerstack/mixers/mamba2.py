@@ -9,12 +9,13 @@ from torch.nn import functional as F
 from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
-from ..layers.ffn import init_linear
+from ..layers.ffn import init_linear, matmul_flops
 from ..layers.norm import RMSNorm
+from ..layers.precision import FullPrecision
 from ..segments import Segments
 from ..spec import Mamba2Spec, StackSpec
 from ..state import SSMState
-from .base import FullPrecision, Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, placed
 
 DT_RANGE = (1e-3, 1e-1)
 DT_FLOOR = 1e-4

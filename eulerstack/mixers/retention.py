@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
-from ..layers.ffn import init_linear
+from ..layers.ffn import init_linear, matmul_flops
 from ..layers.norm import layer_norm
+from ..layers.precision import FullPrecision
 from ..layers.rope import make_rope, phases, rotate
 from ..segments import Segments
 from ..spec import RetNetSpec, StackSpec
 from ..state import RetentionState
-from .base import FullPrecision, Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, placed
 
 GROUP_NORM_EPS = 1e-6
 GATE_ROOT = 16.0

@@ -9,11 +9,12 @@ from ..kernels.conv.windows import joined, kept_inputs
 from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
-from ..layers.ffn import init_linear
+from ..layers.ffn import init_linear, matmul_flops
+from ..layers.precision import FullPrecision
 from ..segments import Segments
 from ..spec import RWKVSpec, StackSpec
 from ..state import WKVState
-from .base import FullPrecision, Mixer, check_one_token, checked, continued, matmul_flops, placed
+from .base import Mixer, check_one_token, checked, continued, placed
 
 DEPTH = 0.5  # the reference's ramps depend on the layer's place, 0 to 1; a mixer does not know it, and takes the middle
 

@@ -18,10 +18,8 @@ def whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | Non
     tokens = q.shape[1]
     if segments.plain and (window is None or window >= tokens) and logits.slopes is None and logits.sinks is None:
         return _uncapped(q, k, v, None, logits) if logits.softcap is None else _capped(q, k, v, None, logits)
-    assert segments.position is not None
-    position = segments.position
     visible = segments.among(window)
-    distance = None if logits.slopes is None else position[..., :, None] - position[..., None, :]
+    distance = None if logits.slopes is None else segments.apart
     return cached(q, k, v, visible, distance, logits)
 
 

@@ -50,7 +50,7 @@ def _packed(
     return y.unflatten(0, (B, T)), torch.where(kept, state, after[found.last].to(state.dtype))
 
 
-def refuses(target: Target, needs: frozenset[str]) -> str | None:
+def refuses(target: Target) -> str | None:
     """Triton compiles for a GPU; its interpreter (TRITON_INTERPRET=1) runs the same kernels slowly on a CPU."""
     if target.device in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
         return "runs on a GPU only"

@@ -94,7 +94,6 @@ class Decays(NamedTuple):
     """How a span's tokens reach each other and the states between its n chunks of C tokens (batch may be 1)."""
 
     total: Tensor  # [B, n, H, C] float64, the log decay from a chunk's start through token i
-    visible: Tensor  # [B, n, 1, C, C] or [C, C] bool, which tokens of a chunk see each other
     entering: Tensor  # [B, n, H, C] from the state before a chunk to its token i
     leaving: Tensor  # [B, n, H, C] from token j of a chunk to the state after it
     across: Tensor  # [B, n, H] from the state before a chunk to the state after it
@@ -111,7 +110,7 @@ def _span(
     q, k = (t.to(state.dtype).reshape(B, n, size, G, K).transpose(2, 3) for t in (q, k))
     x = v.to(state.dtype).reshape(B, n, size, H, V).transpose(2, 3)
 
-    inner: Tensor = _Decayed.apply(q @ k.mT, decays.total, decays.visible) @ x
+    inner: Tensor = _Decayed.apply(q @ k.mT, decays.total, _visible(segments, size, q.device)) @ x
 
     left = (x * decays.leaving[..., None]).unflatten(2, (G, R))
     fed = k.mT @ left.transpose(3, 4).reshape(B, n, G, size, R * V)
@@ -143,17 +142,25 @@ def decays_of(log_decay: Tensor, segments: Segments, tokens: int, size: int, dty
         tokens = size  # every chunk is alike
     total = _per_token(log_decay, tokens, segments).unflatten(1, (-1, size)).cumsum(2).transpose(2, 3)
     last = total[..., -1:]
-    visible = _causal(size, total.device)
     entering, leaving, across = total.exp(), (last - total).exp(), last[..., 0].exp()
     if not segments.plain:
         label, running = (t.unflatten(1, (-1, size)) for t in (segments.label, segments.running))
         after = running[..., -1:]
         start = torch.nn.functional.pad(after[:, :-1], (0, 0, 1, 0))
-        visible = visible & (label[..., :, None] == label[..., None, :])[:, :, None]
         entering = entering * (label == start)[:, :, None]
         leaving = leaving * (label == after)[:, :, None]
         across = across * (start == after)
-    return Decays(total, visible, entering.to(dtype), leaving.to(dtype), across.to(dtype))
+    return Decays(total, entering.to(dtype), leaving.to(dtype), across.to(dtype))
+
+
+def _visible(segments: Segments, size: int, device: torch.device) -> Tensor:
+    """[C, C] or [B, n, 1, C, C] bool: which tokens of a chunk see each other."""
+    visible = _causal(size, device)
+    if segments.plain:
+        return visible
+    label = segments.label.unflatten(1, (-1, size))
+    same: Tensor = (label[..., :, None] == label[..., None, :])[:, :, None]
+    return visible & same
 
 
 def _per_token(log_decay: Tensor, tokens: int, segments: Segments) -> Tensor:
