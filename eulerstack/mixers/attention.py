@@ -62,10 +62,6 @@ class Attention(CachedAttention[KVState]):
     def _over(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None, step: bool) -> Tensor:
         return self._out(self.ops.cached(q, *entries, visible, distance, self.logits()))
 
-    def _out(self, y: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(y.flatten(2))
-        return out
-
     def init_state(
         self,
         batch: int,

@@ -13,6 +13,7 @@ All three agree to rounding, for any split of a sequence, with gradients. `forwa
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -95,6 +96,23 @@ def checked(chunk_size: int | None, default: int) -> int:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size = {chunk_size} must be 1 or more")
     return default if chunk_size is None else chunk_size
+
+
+def in_chunks(
+    chunk: Callable[[Tensor, S, Segments], tuple[Tensor, S]],
+    x: Tensor,
+    state: S,
+    segments: Segments | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, S]:
+    """`chunk` over parts of x of at most `chunk_size` tokens, one after the other; the whole x is one by default."""
+    segments, size = continued(segments), checked(chunk_size, max(1, x.shape[1]))
+    parts = []
+    for start in range(0, x.shape[1], size):
+        stop = min(start + size, x.shape[1])
+        y, state = chunk(x[:, start:stop], state, segments.slice(start, stop))
+        parts.append(y)
+    return torch.cat(parts, 1) if parts else x, state
 
 
 def check_one_token(x: Tensor) -> None:

@@ -4,11 +4,11 @@ from abc import abstractmethod
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..segments import Segments
 from ..state import RingState
-from .base import Mixer, check_one_token, checked, continued, placed
+from .base import Mixer, check_one_token, continued, in_chunks, placed
 
 R = TypeVar("R", bound=RingState)
 Entries = tuple[Tensor, Tensor]
@@ -21,6 +21,7 @@ class CachedAttention(Mixer[R], Generic[R]):
     """
 
     window: int | None
+    o_proj: nn.Linear
     measures: bool = False  # whether logits depend on how far back a key is
 
     @property
@@ -47,13 +48,7 @@ class CachedAttention(Mixer[R], Generic[R]):
         self, x: Tensor, state: R, segments: Segments | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, R]:
         """Queries of each chunk over the cache and the chunk itself; the whole x is one chunk by default."""
-        segments, size = continued(segments), checked(chunk_size, max(1, x.shape[1]))
-        parts = []
-        for start in range(0, x.shape[1], size):
-            stop = min(start + size, x.shape[1])
-            y, state = self._chunk(x[:, start:stop], state, segments.slice(start, stop))
-            parts.append(y)
-        return torch.cat(parts, 1) if parts else x, state
+        return in_chunks(self._chunk, x, state, segments, chunk_size)
 
     def _chunk(self, x: Tensor, state: R, segments: Segments) -> tuple[Tensor, R]:
         """Attends to the cache and the new tokens together, before the ring is written."""
@@ -78,6 +73,10 @@ class CachedAttention(Mixer[R], Generic[R]):
         held, more = (cache[:, : visible.shape[2]] for cache in state.tensors().values())
         y = self._over(q.to(held.dtype), (held, more), visible, distance, step=True)
         return segments.mask(y.to(x.dtype)), state
+
+    def _out(self, y: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(y.flatten(2))
+        return out
 
     def _cached(self, state: R, segments: Segments, length: Tensor, when: str) -> tuple[Tensor, Tensor | None]:
         """Which slots of a cache that has seen `length` [B] tokens each query sees, and how far back, [B, T, used].

@@ -14,9 +14,9 @@ from ..layers.ffn import init_linear, matmul_flops
 from ..segments import Segments
 from ..spec import HyenaSpec, StackSpec
 from ..state import HistoryState
-from .base import Mixer, check_one_token, checked, continued, placed
+from .base import Mixer, check_one_token, continued, in_chunks, placed
 from .cached import written
-from .mamba2 import ShortConv
+from .mamba import ShortConv
 
 BANDS = 8  # sines and cosines of the position that a filter is made of
 FREQUENCY = 10.0  # of the sine activations at the start
@@ -110,13 +110,7 @@ class Hyena(Mixer[HistoryState]):
         self, x: Tensor, state: HistoryState, segments: Segments | None = None, *, chunk_size: int | None = None
     ) -> tuple[Tensor, HistoryState]:
         """Chunks over the history and themselves; the whole x is one chunk by default."""
-        segments, size = continued(segments), checked(chunk_size, max(1, x.shape[1]))
-        parts = []
-        for start in range(0, x.shape[1], size):
-            stop = min(start + size, x.shape[1])
-            y, state = self._chunk(x[:, start:stop], state, segments.slice(start, stop))
-            parts.append(y)
-        return torch.cat(parts, 1) if parts else x, state
+        return in_chunks(self._chunk, x, state, segments, chunk_size)
 
     def _chunk(self, x: Tensor, state: HistoryState, segments: Segments) -> tuple[Tensor, HistoryState]:
         streams, conv = self._streams(x, state.conv, segments)

@@ -76,10 +76,6 @@ class LatentAttention(CachedAttention[LatentState]):
         total = self.ops.cached(query, shared, latent[:, :, None], visible, distance, self.logits())
         return self._out(torch.einsum("bthl,hkl->bthk", total, v_weight.to(total.dtype)))
 
-    def _out(self, y: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(y.flatten(2))
-        return out
-
     def init_state(
         self,
         batch: int,

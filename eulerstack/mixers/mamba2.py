@@ -1,7 +1,5 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a short convolution, a selective state space, a gated norm."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,48 +9,25 @@ from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
 from ..layers.norm import RMSNorm
-from ..layers.precision import FullPrecision
 from ..segments import Segments
 from ..spec import Mamba2Spec, StackSpec
 from ..state import SSMState
-from .base import Mixer, check_one_token, checked, continued, placed
+from .mamba import Mamba, ShortConv, StateSpace
 
-DT_RANGE = (1e-3, 1e-1)
-DT_FLOOR = 1e-4
 A_RANGE = (1.0, 16.0)
 
 
-class ShortConv(nn.Module):
-    """The filters of `channels` channels, `width` taps each; the mixer joins several and runs them at once."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, width))
-        self.bias = nn.Parameter(torch.empty(channels))
-
-    def reset_parameters(self) -> None:
-        bound = self.weight.shape[1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-
-class Scan(FullPrecision):
-    """The state space's own parameters, [H] each: A = -exp(A_log), the skip D, and the bias of dt."""
-
-    A_log: nn.Parameter
-    D: nn.Parameter
-    dt_bias: nn.Parameter
-
-
-class Mamba2(Mixer[SSMState]):
+class Mamba2(Mamba):
     """z, x, B, C and dt are projected by weights stored apart, so that heads can be split across devices."""
+
+    spec: Mamba2Spec
 
     def __init__(self, spec: Mamba2Spec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width = stack.model.d_model
         self.spec = spec
         self.choices = (select("ssd", target), select("conv", target))
-        self.ssd, self.conv = (choice.kernels for choice in self.choices)
+        self.ops, self.conv = (choice.kernels for choice in self.choices)
         inner, shared = spec.inner_width(width), spec.n_groups * spec.d_state
         self.heads = inner // spec.head_dim
         self.z_proj = nn.Linear(width, inner, bias=False)
@@ -63,34 +38,9 @@ class Mamba2(Mixer[SSMState]):
         self.x_conv = ShortConv(inner, spec.d_conv)
         self.B_conv = ShortConv(shared, spec.d_conv)
         self.C_conv = ShortConv(shared, spec.d_conv)
-        self.scan = Scan(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
+        self.scan = StateSpace(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
         self.norm = RMSNorm(inner, spec.n_groups)
         self.out_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        state = self.init_state(x.shape[0], 0, x.device, x.dtype)
-        return self.chunkwise(x, state, placed(segments, x))[0]
-
-    def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        segments = placed(segments, x)
-        empty = self.init_state(x.shape[0], 0, x.device, x.dtype).conv
-        inputs, _ = self._inputs(x, empty, segments)
-        return self._out(x, self.ssd.parallel(*inputs, segments), inputs[0], segments)
-
-    def chunkwise(
-        self, x: Tensor, state: SSMState, segments: Segments | None = None, *, chunk_size: int | None = None
-    ) -> tuple[Tensor, SSMState]:
-        segments, size = continued(segments), checked(chunk_size, self.spec.chunk_size)
-        inputs, conv = self._inputs(x, state.conv, segments)
-        y, ssm = self.ssd.chunkwise(*inputs, state.ssm, segments, size)
-        return self._out(x, y, inputs[0], segments), SSMState(ssm, conv)
-
-    def recurrent(self, x: Tensor, state: SSMState, segments: Segments | None = None) -> tuple[Tensor, SSMState]:
-        check_one_token(x)
-        segments = continued(segments)
-        inputs, conv = self._inputs(x, state.conv, segments)
-        y, ssm = self.ssd.recurrent(*inputs, state.ssm, segments)
-        return self._out(x, y, inputs[0], segments), SSMState(ssm, conv)
 
     def _inputs(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """(x [B, T, H, P], dt [B, T, H], A [H], B, C [B, T, G, N]) and the convolution's state."""
@@ -138,15 +88,12 @@ class Mamba2(Mixer[SSMState]):
 
     @torch.no_grad()
     def reset_parameters(self, out_scale: float = 1.0) -> None:
-        """A from U(1, 16); dt log-uniform in [1e-3, 0.1] through an inverse softplus; D = 1."""
+        """A from U(1, 16)."""
         for name, layer in self.named_children():
             if isinstance(layer, nn.Linear):
                 init_linear(layer, out_scale if name == "out_proj" else 1.0)
             elif isinstance(layer, ShortConv):
                 layer.reset_parameters()
         self.scan.A_log.copy_(torch.empty_like(self.scan.A_log).uniform_(*A_RANGE).log())
-        low, high = map(math.log, DT_RANGE)
-        dt = torch.empty_like(self.scan.dt_bias).uniform_(low, high).exp().clamp(min=DT_FLOOR)
-        self.scan.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        nn.init.ones_(self.scan.D)
+        self.scan.draw_dt()
         self.norm.reset_parameters()

@@ -1,6 +1,8 @@
 """Multi-scale retention (Sun et al. 2023, arXiv 2307.08621): linear attention with RoPE and a decay a head."""
 
 import math
+from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from ..layers.norm import layer_norm
 from ..layers.precision import FullPrecision
 from ..layers.rope import make_rope, phases, rotate
 from ..segments import Segments
-from ..spec import RetNetSpec, StackSpec
+from ..spec import LinearAttentionSpec, RetNetSpec, StackSpec
 from ..state import RetentionState
 from .base import Mixer, check_one_token, checked, continued, placed
 
@@ -65,27 +67,27 @@ class Decay(nn.Module):
             init_linear(self.gamma_proj)
 
 
-class Retention(Mixer[RetentionState]):
-    """MSR(x) = (swish(x Wg) * GroupNorm(heads)) Wo; 1 / sqrt(K) is on q, so that the state is unscaled."""
+class Retained(Mixer[RetentionState]):
+    """The forms of a mixer whose memory is retention's: a decayed sum of k^T v for each head."""
 
-    def __init__(self, spec: RetNetSpec, stack: StackSpec, target: Target = Target()) -> None:
-        super().__init__()
-        width, self.heads = stack.model.d_model, stack.model.n_heads
-        self.spec = spec
-        self.choices = (select("retention", target),)
-        self.ops = self.choices[0].kernels
-        value = spec.value_width(width)
-        self.key_dim, self.value_dim = width // self.heads, value // self.heads
-        self.rope = make_rope(stack.embedding, stack.model.max_seq_len, self.key_dim) if spec.rope else None
-        self.decay = Decay(spec.gamma, width, self.heads)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, value, bias=False)
-        self.g_proj = nn.Linear(width, value, bias=False) if spec.swish_gate else None
-        self.o_proj = nn.Linear(value, width, bias=False)
+    spec: RetNetSpec | LinearAttentionSpec
+    ops: Any  # the kernels of retention
+    q_proj: nn.Linear
+    heads: int
+    key_dim: int
+    value_dim: int
+    chunked: bool = True  # whether `forward` is the chunkwise form
+
+    @abstractmethod
+    def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""
+
+    @abstractmethod
+    def _out(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+        """The mixer's output [B, T, D] for what was retained, y [B, T, H, V]."""
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        if not self.spec.chunkwise:
+        if not self.chunked:
             return self.parallel(x, segments)
         state = self.init_state(x.shape[0], 0, x.device, x.dtype)
         return self.chunkwise(x, state, placed(segments, x))[0]
@@ -109,6 +111,48 @@ class Retention(Mixer[RetentionState]):
         y, kv = self.ops.recurrent(*self._heads(x, segments), state.kv, segments)
         return self._out(x, y, segments), RetentionState(kv)
 
+    def init_state(
+        self,
+        batch: int,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rollback: int = 0,
+    ) -> RetentionState:
+        weight = self.q_proj.weight
+        shape = (batch, self.heads, self.key_dim, self.value_dim)
+        return RetentionState(torch.zeros(shape, device=device or weight.device, dtype=wide(dtype or weight.dtype)))
+
+    def flops(self, tokens: int) -> int:
+        """Per token and head: scores and their sum over half a chunk, feeding and reading the state."""
+        span = min(self.spec.chunk_size, tokens) if self.chunked else tokens
+        within = span * (self.key_dim + self.value_dim)
+        across = 4 * self.key_dim * self.value_dim if span < tokens else 0
+        return matmul_flops(self, tokens) + tokens * self.heads * (within + across)
+
+
+class Retention(Retained):
+    """MSR(x) = (swish(x Wg) * GroupNorm(heads)) Wo; 1 / sqrt(K) is on q, so that the state is unscaled."""
+
+    spec: RetNetSpec
+
+    def __init__(self, spec: RetNetSpec, stack: StackSpec, target: Target = Target()) -> None:
+        super().__init__()
+        width, self.heads = stack.model.d_model, stack.model.n_heads
+        self.spec, self.chunked = spec, spec.chunkwise
+        self.choices = (select("retention", target),)
+        self.ops = self.choices[0].kernels
+        value = spec.value_width(width)
+        self.key_dim, self.value_dim = width // self.heads, value // self.heads
+        self.rope = make_rope(stack.embedding, stack.model.max_seq_len, self.key_dim) if spec.rope else None
+        self.decay = Decay(spec.gamma, width, self.heads)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, value, bias=False)
+        self.g_proj = nn.Linear(width, value, bias=False) if spec.swish_gate else None
+        self.o_proj = nn.Linear(value, width, bias=False)
+
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.key_dim)) * self.key_dim**-0.5
@@ -126,26 +170,6 @@ class Retention(Mixer[RetentionState]):
         if self.g_proj is not None:
             y = F.silu(self.g_proj(x)) * y
         return segments.mask(self.o_proj(y))
-
-    def init_state(
-        self,
-        batch: int,
-        max_tokens: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        rollback: int = 0,
-    ) -> RetentionState:
-        weight = self.q_proj.weight
-        shape = (batch, self.heads, self.key_dim, self.value_dim)
-        return RetentionState(torch.zeros(shape, device=device or weight.device, dtype=wide(dtype or weight.dtype)))
-
-    def flops(self, tokens: int) -> int:
-        """Per token and head: scores and their sum over half a chunk, feeding and reading the state."""
-        span = min(self.spec.chunk_size, tokens) if self.spec.chunkwise else tokens
-        within = span * (self.key_dim + self.value_dim)
-        across = 4 * self.key_dim * self.value_dim if span < tokens else 0
-        return matmul_flops(self, tokens) + tokens * self.heads * (within + across)
 
     def reset_parameters(self, out_scale: float = 1.0) -> None:
         self.decay.reset_parameters()
