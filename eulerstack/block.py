@@ -9,12 +9,14 @@ from .kernels.provider import Target
 from .layers.channels import ffn_flops, init_ffn, make_ffn
 from .layers.moe import MoE, Routing
 from .layers.norm import Norm, make_norm
-from .mixers import Mixer, make_mixer
+from .mixers import Mixer, in_chunks, make_mixer
 from .segments import Segments
 from .spec import LayerSpec, StackSpec
 from .state import LayerState
 
 Mix = Callable[[Tensor], tuple[Tensor, LayerState | None]]
+
+SPAN = 4096  # a CPU's allocator hands out the tensors of more tokens from fresh pages, at up to twice the time
 
 
 class Block(nn.Module):
@@ -37,6 +39,8 @@ class Block(nn.Module):
         self.ffn_out_norm = make_norm(layer.norm, width) if sandwich and not one_norm else None
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
+        if self._span(x) is not None and not isinstance(self.ffn, MoE):
+            return self.chunkwise(x, self.mixer.init_state(x.shape[0], 0, x.device, x.dtype), segments)[0], None
         y, _, routing = self._run(x, segments, lambda h: (self.mixer(h, segments), None))
         return y, routing
 
@@ -47,17 +51,23 @@ class Block(nn.Module):
     def chunkwise(
         self, x: Tensor, state: LayerState, segments: Segments, chunk_size: int | None = None
     ) -> tuple[Tensor, LayerState]:
-        def mix(h: Tensor) -> tuple[Tensor, LayerState]:
-            return self.mixer.chunkwise(h, state, segments, chunk_size=chunk_size)
+        def part(x: Tensor, state: LayerState, segments: Segments) -> tuple[Tensor, LayerState]:
+            y, after, _ = self._run(
+                x, segments, lambda h: self.mixer.chunkwise(h, state, segments, chunk_size=chunk_size)
+            )
+            assert after is not None
+            return y, after
 
-        y, after, _ = self._run(x, segments, mix)
-        assert after is not None
-        return y, after
+        return in_chunks(part, x, state, segments, self._span(x))
 
     def recurrent(self, x: Tensor, state: LayerState, segments: Segments) -> tuple[Tensor, LayerState]:
         y, after, _ = self._run(x, segments, lambda h: self.mixer.recurrent(h, state, segments))
         assert after is not None
         return y, after
+
+    def _span(self, x: Tensor) -> int | None:
+        """How many tokens of a long sequence pass through the whole layer before the next ones."""
+        return SPAN if self.mixer.chunked and x.shape[1] > SPAN and x.device.type == "cpu" else None
 
     def _run(self, x: Tensor, segments: Segments, mix: Mix) -> tuple[Tensor, LayerState | None, Routing | None]:
         """The layer around any form of its mixer."""

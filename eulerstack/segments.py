@@ -153,9 +153,13 @@ class Segments:
     def slice(self, start: int, stop: int) -> "Segments":
         """The part [start, stop) of placed segments, as a call of its own that continues the part before it."""
         assert self.position is not None
-        assert self.start is not None
         if start == 0 and stop >= self.position.shape[1]:
             return self
+        return self.once(("slice", start, stop), lambda: self._slice(start, stop))  # type: ignore[no-any-return]
+
+    def _slice(self, start: int, stop: int) -> "Segments":
+        assert self.position is not None
+        assert self.start is not None
         position = self.position[:, start:stop]
         bound = None if self.bound is None else self.bound + start
         if self.plain:

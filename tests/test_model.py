@@ -195,3 +195,23 @@ def test_flops_count_the_matrix_products() -> None:
         model(torch.zeros(1, 128, dtype=torch.int64))
     counted = counter.get_total_flops()
     assert 0.7 < model.flops(128) / counted <= 1.01  # the counter counts the masked half of the scores too
+
+
+@pytest.mark.parametrize("span", [1, 16, 23])
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_sequences_pass_a_layer_in_spans(span: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = es.build(es.load("presets/every_mixer_mini.yml"), dtype=torch.float64)
+    tokens, targets = torch.randint(0, 256, (2, 2, 70))
+    document = torch.tensor([[0] * 30 + [1] * 40, [2] * 70])
+    segments = Segments(real=torch.arange(70).expand(2, -1) < 66, document=document) if packed else None
+    found = []
+    for size in (1000, span):
+        monkeypatch.setattr("eulerstack.block.SPAN", size)
+        total, parts = model.losses(tokens, targets, segments)
+        logits, state = model.chunkwise(tokens, model.init_state(2, 70), segments)
+        leaves = [logits, total, *torch.autograd.grad(total, list(model.parameters()), allow_unused=True)]
+        found.append([*leaves, *parts.values(), *(t for layer in state.layers for t in layer.tensors().values())])
+    for whole, spans in zip(*found, strict=True):
+        assert (whole is None) == (spans is None)
+        if whole is not None:
+            close(spans, whole, 1e-10)

@@ -56,6 +56,8 @@ MUTANTS = {
     "a scan's dt has the gradient of one number of state": (
         "kernels/selective_scan/numba.py", "for_dt[d] += for_log * rate[d]", "for_dt[d] = for_log * rate[d]"),
     "a long span starts from the state of the one before": (
+        "mixers/base.py", "y, state = chunk(part, state", "y, _ = chunk(part, state"),
+    "a ragged chunk starts from the state of the one before": (
         "kernels/retention/torch.py", "y, state = span(q[:, part]", "y, _ = span(q[:, part]"),
     "the token has no bonus": (
         "kernels/wkv/torch.py", "own = u + k", "own = 0 * u + k"),

@@ -16,7 +16,7 @@ from ..spec import (
     StackSpec,
 )
 from .attention import Attention
-from .base import Mixer
+from .base import Mixer, in_chunks
 from .hyena import Hyena
 from .latent import LatentAttention
 from .linear import LinearAttention
@@ -57,5 +57,6 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "Retention",
+    "in_chunks",
     "make_mixer",
 ]

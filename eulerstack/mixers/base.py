@@ -34,6 +34,7 @@ class Mixer(nn.Module, ABC, Generic[S]):
     """
 
     grows: ClassVar[bool] = False  # whether the state needs room for every token
+    chunked: bool = False  # whether `forward` is the chunkwise form, from an empty state
     choices: tuple[Choice, ...] = ()  # the kernels it was built with, and why
 
     @abstractmethod
@@ -72,7 +73,10 @@ class Mixer(nn.Module, ABC, Generic[S]):
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """The form the spec names, over a whole sequence."""
-        return self.parallel(x, segments)
+        if not self.chunked:
+            return self.parallel(x, segments)
+        state = self.init_state(x.shape[0], 0, x.device, x.dtype)
+        return self.chunkwise(x, state, placed(segments, x))[0]
 
 
 def placed(segments: Segments | None, x: Tensor) -> Segments:
@@ -107,12 +111,15 @@ def in_chunks(
 ) -> tuple[Tensor, S]:
     """`chunk` over parts of x of at most `chunk_size` tokens, one after the other; the whole x is one by default."""
     segments, size = continued(segments), checked(chunk_size, max(1, x.shape[1]))
-    parts = []
-    for start in range(0, x.shape[1], size):
-        stop = min(start + size, x.shape[1])
-        y, state = chunk(x[:, start:stop], state, segments.slice(start, stop))
+    if x.shape[1] <= size:
+        return chunk(x, state, segments)
+    parts, start = [], 0
+    for part in x.split(size, 1):
+        stop = start + part.shape[1]
+        y, state = chunk(part, state, segments.slice(start, stop))
         parts.append(y)
-    return torch.cat(parts, 1) if parts else x, state
+        start = stop
+    return torch.cat(parts, 1), state
 
 
 def check_one_token(x: Tensor) -> None:

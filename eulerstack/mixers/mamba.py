@@ -50,6 +50,7 @@ class StateSpace(FullPrecision):
 class Mamba(Mixer[SSMState]):
     """The forms of a state space whose inputs pass a short convolution."""
 
+    chunked = True
     spec: Mamba1Spec | Mamba2Spec
     ops: Any  # the kernels of the state space
 
@@ -60,10 +61,6 @@ class Mamba(Mixer[SSMState]):
     @abstractmethod
     def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
         """The mixer's output [B, T, D] for the state space's y and the x that it took."""
-
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        state = self.init_state(x.shape[0], 0, x.device, x.dtype)
-        return self.chunkwise(x, state, placed(segments, x))[0]
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)

@@ -76,7 +76,7 @@ class Retained(Mixer[RetentionState]):
     heads: int
     key_dim: int
     value_dim: int
-    chunked: bool = True  # whether `forward` is the chunkwise form
+    chunked = True
 
     @abstractmethod
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,12 +85,6 @@ class Retained(Mixer[RetentionState]):
     @abstractmethod
     def _out(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
         """The mixer's output [B, T, D] for what was retained, y [B, T, H, V]."""
-
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        if not self.chunked:
-            return self.parallel(x, segments)
-        state = self.init_state(x.shape[0], 0, x.device, x.dtype)
-        return self.chunkwise(x, state, placed(segments, x))[0]
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)

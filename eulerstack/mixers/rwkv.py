@@ -22,6 +22,8 @@ DEPTH = 0.5  # the reference's ramps depend on the layer's place, 0 to 1; a mixe
 class RWKV(Mixer[WKVState]):
     """o(sigmoid(r) * wkv(k, v)), with r, k and v each of a mix of the token and the one before it."""
 
+    chunked = True
+
     def __init__(self, spec: RWKVSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width = stack.model.d_model
@@ -36,10 +38,6 @@ class RWKV(Mixer[WKVState]):
         self.r_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.time = FullPrecision({"decay": (width,), "bonus": (width,)})
-
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        state = self.init_state(x.shape[0], 0, x.device, x.dtype)
-        return self.chunkwise(x, state, placed(segments, x))[0]
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)

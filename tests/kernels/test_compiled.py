@@ -117,15 +117,3 @@ def test_an_error_in_a_share_is_not_lost() -> None:
 
     with pytest.raises(RuntimeError, match="first share"):
         spread(loop, 2)
-
-
-@pytest.mark.parametrize("kernels", [retention, fast_retention], ids=["torch", "numba"])
-def test_long_sequences_are_taken_in_spans(kernels, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    segments, inputs = placements(T)["packed and padded"], [drawn(B, T, G, K), drawn(B, T, G, K), drawn(B, T, H, V)]
-    inputs += [decays("gated"), drawn(B, H, K, V)]
-    for span in (1, 8, 10):
-        whole = retention.chunkwise(*inputs, segments, 4)
-        monkeypatch.setattr(retention, "SPAN", span)
-        parts = kernels.chunkwise(*inputs, segments, 4)
-        monkeypatch.undo()
-        same((segments.mask(parts[0]), parts[1]), (segments.mask(whole[0]), whole[1]), inputs, 1e-12)

@@ -13,7 +13,7 @@ from ..precision import wide, without_autocast
 from ..provider import Provider, on_cpu
 from .windows import joined, kept_inputs
 
-BLOCK = 64  # channels that one thread takes through all tokens
+BLOCK = 128  # channels that one thread takes through all tokens
 
 
 @without_autocast

@@ -15,8 +15,6 @@ from ...segments import Segments
 from ..precision import wide, without_autocast
 from ..provider import Forms, Kernel, Provider, anywhere
 
-SPAN = 4096  # tokens at once: a CPU's allocator hands out larger tensors from fresh pages, at twice the time
-
 
 @without_autocast
 def parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, segments: Segments) -> Tensor:
@@ -69,7 +67,7 @@ def in_spans(
     segments: Segments,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`span` over whole numbers of chunks, SPAN tokens at most, and over what is left.
+    """`span` over the whole chunks, and over what is left.
 
     A ragged last chunk is a chunk of its own length, so it decays the state by just the tokens it has.
     """
@@ -77,17 +75,12 @@ def in_spans(
     if tokens == 0:
         return v.to(state.dtype), state
     parts = []
-    for start, stop in pairwise(_cuts(tokens, chunk_size)):
+    for start, stop in pairwise(sorted({0, tokens - tokens % chunk_size, tokens})):
         part, size = slice(start, stop), min(chunk_size, stop - start)
         decay = log_decay if log_decay.dim() == 1 else log_decay[:, part]
         y, state = span(q[:, part], k[:, part], v[:, part], decay, state, segments.slice(start, stop), size)
         parts.append(y)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1), state
-
-
-def _cuts(tokens: int, chunk_size: int) -> list[int]:
-    whole = tokens - tokens % chunk_size
-    return sorted({*range(0, whole, max(chunk_size, SPAN // chunk_size * chunk_size)), whole, 0, tokens})
 
 
 class Decays(NamedTuple):
