@@ -12,7 +12,7 @@ from .spec import LayerSpec, StackSpec
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's share. state_bytes is by kind, for one row of max_seq_len tokens."""
+    """One layer's share, weights counted where they are first used. state_bytes: one row of max_seq_len tokens."""
 
     layer: LayerSpec
     parameters: int
@@ -46,14 +46,15 @@ def estimate(spec: StackSpec) -> Estimate:
     """Count a stack without its memory. A template that keeps no state counts no state bytes."""
     stack = build(spec, device="meta")
     count = sum(p.numel() for p in stack.parameters())
-    idle = sum(block.idle_parameters for block in stack.blocks)
+    idle = sum(block.idle_parameters for block in set(stack.blocks))
     layers = tuple(_layer_cost(stack, index) for index in range(len(stack.blocks)))
     return Estimate(stack, count, count - idle, layers)
 
 
 def _layer_cost(stack: Stack, index: int) -> LayerCost:
-    block, tokens = stack.blocks[index], stack.spec.model.max_seq_len
-    return LayerCost(block.layer, _count(block), block.flops(tokens) / tokens, _state_bytes(block, 1, tokens))
+    layer, block, tokens = stack.plan[index], stack.blocks[index], stack.spec.model.max_seq_len
+    count = _count(block) if layer.weights_of == index else 0
+    return LayerCost(layer, count, block.flops(tokens) / tokens, _state_bytes(block, 1, tokens))
 
 
 def _state_bytes(block: Block, batch: int, tokens: int) -> dict[str, int]:

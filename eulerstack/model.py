@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +35,17 @@ class Stack(nn.Module):
         super().__init__()
         width, vocab = spec.model.d_model, spec.model.vocab_size
         self.spec = spec
-        layers = expand(spec)
+        self.plan = expand(spec)
         self.embedding = nn.Embedding(vocab, width)
-        self.layers = nn.ModuleList(Block(layer, spec, target) for layer in layers)
-        self.norm = make_norm(layers[-1].norm, width)
+        own = (layer for layer in self.plan if layer.weights_of == layer.index)
+        self.layers = nn.ModuleDict({str(layer.index): Block(layer, spec, target) for layer in own})
+        self.norm = make_norm(self.plan[-1].norm, width)
         self.head = None if spec.tied else nn.Linear(width, vocab, bias=False)
 
     @property
     def blocks(self) -> list[Block]:
-        return [block for block in self.layers if isinstance(block, Block)]
+        """Every layer's block, first to last; layers that share weights have the same."""
+        return [cast(Block, self.layers[str(layer.weights_of)]) for layer in self.plan]
 
     @property
     def grows(self) -> bool:
@@ -135,8 +138,12 @@ class Stack(nn.Module):
 
     def rebalance(self, loads: dict[int, Tensor]) -> None:
         """Move the balancing biases of routers that have one; called once an optimizer step, loads by layer."""
+        by_weights: dict[int, Tensor] = {}
         for index, load in loads.items():
-            ffn = self.blocks[index].ffn
+            owner = self.plan[index].weights_of
+            by_weights[owner] = by_weights[owner] + load if owner in by_weights else load
+        for owner, load in by_weights.items():
+            ffn = self.blocks[owner].ffn
             if isinstance(ffn, MoE):
                 ffn.rebalance(load)
 
@@ -158,8 +165,9 @@ class Stack(nn.Module):
         """Draw all weights anew: outputs into the residual stream are scaled by 1 / sqrt(how many there are)."""
         adds = sum(1 + (block.ffn is not None) for block in self.blocks)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
-        for block in self.blocks:
-            block.reset_parameters(out_scale=adds**-0.5)
+        for layer in self.plan:
+            if layer.weights_of == layer.index:
+                self.blocks[layer.index].reset_parameters(out_scale=adds**-0.5)
         self.norm.reset_parameters()
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=EMBEDDING_STD)

@@ -3,6 +3,8 @@
 import gc
 import os
 import sys
+import warnings
+from typing import Any
 
 import click
 
@@ -19,11 +21,22 @@ class Verbs(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
+        warnings.formatwarning = _sentence
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:  # SpecError among them: a user's mistake, said in a sentence
             print(error, file=sys.stderr)
             ctx.exit(2)
+
+
+_place_and_code = warnings.formatwarning
+
+
+def _sentence(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """What a stack file says without effect is no fault of the line of code that found it."""
+    if category.__name__ == "SpecWarning":
+        return f"Warning: {message}\n"
+    return _place_and_code(message, category, *place, **more)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
@@ -55,13 +68,10 @@ def _named(file: str | None, preset: str | None) -> str:
 @_file
 def validate(file: str | None, preset: str | None) -> None:
     """Check a stack file: every problem with its line and its fix."""
-    from ..spec import load, unused_templates
+    from ..spec import expand, load
 
     spec = load(_named(file, preset))
-    layers = sum(entry.repeat for entry in spec.layer_schedule)
-    for name in unused_templates(spec):
-        print(f"Warning: layer_templates.{name} is in no entry of layer_schedule", file=sys.stderr)
-    print(f"OK: {spec.model.name}, {layers} layers")
+    print(f"OK: {spec.model.name}, {len(expand(spec))} layers")
 
 
 @cli.command()

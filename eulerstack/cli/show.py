@@ -9,7 +9,7 @@ from rich.tree import Tree
 
 from ..costs import Estimate, LayerCost
 from ..costs import estimate as count
-from ..spec import LayerSpec, MoEFFNSpec, NoFFN, StackSpec, load, unused_templates
+from ..spec import LayerSpec, MoEFFNSpec, NoFFN, StackSpec, load
 
 KINDS = ("KV", "latent", "history", "retention", "SSM", "WKV", "conv")
 
@@ -19,8 +19,6 @@ def explain(file: str) -> None:
     spec = load(file)
     cost, console = count(spec), Console()
     console.print(_tree(spec, cost))
-    for name in unused_templates(spec):
-        console.print(f"Warning: layer_templates.{escape(name)} is in no entry of layer_schedule")
 
 
 def estimate(file: str, batch: int, tokens: int | None) -> None:

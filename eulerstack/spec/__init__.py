@@ -1,7 +1,6 @@
 """The YAML language: what a stack file may say. Imports no torch, and nothing else of ours."""
 
-from .check import unused_templates
-from .errors import Problem, SpecError
+from .errors import Problem, SpecError, SpecWarning
 from .expand import LayerSpec, expand
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
@@ -16,6 +15,7 @@ from .mixers import (
     RetNetSpec,
     RWKVSpec,
 )
+from .schedule import OverrideSpec, PatternEntry, ScheduleEntry
 from .stack import (
     ByteTokenizer,
     EmbeddingSpec,
@@ -23,7 +23,6 @@ from .stack import (
     HFTokenizer,
     ModelSpec,
     RopeScalingSpec,
-    ScheduleEntry,
     StackSpec,
     TrainingHints,
 )
@@ -49,6 +48,8 @@ __all__ = [
     "ModelSpec",
     "NoFFN",
     "NormSpec",
+    "OverrideSpec",
+    "PatternEntry",
     "Problem",
     "RWKVSpec",
     "ResidualSpec",
@@ -56,6 +57,7 @@ __all__ = [
     "RopeScalingSpec",
     "ScheduleEntry",
     "SpecError",
+    "SpecWarning",
     "StackSpec",
     "TrainingHints",
     "dump",
@@ -65,6 +67,5 @@ __all__ = [
     "loads",
     "presets",
     "schema",
-    "unused_templates",
     "with_hints",
 ]

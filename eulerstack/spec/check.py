@@ -1,13 +1,15 @@
 """The rules between keys: what Pydantic's fields cannot say one by one."""
 
+import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pydantic_core import PydanticCustomError
 
 from .errors import Problem
 from .ffn import MoEFFNSpec, NoFFN
 from .mixers import AttentionMixer, AttentionSpec, Mamba2Spec, MambaMixer, RetNetMixer
+from .schedule import Placed, uses
 
 if TYPE_CHECKING:
     from .layer import LayerTemplate
@@ -30,7 +32,7 @@ def cross_check(spec: "StackSpec") -> list[Problem]:
 
 def unused_templates(spec: "StackSpec") -> list[str]:
     """Templates that no schedule entry names: a warning, not an error."""
-    used = {entry.template for entry in spec.layer_schedule}
+    used = {place.template for place in _uses(spec)}
     return [name for name in spec.layer_templates if name not in used]
 
 
@@ -82,17 +84,59 @@ def turns(spec: "StackSpec") -> bool:
     return spec.embedding.positional == "rope" or any(isinstance(m, RetNetMixer) and m.retnet.rope for m in mixers)
 
 
-def _schedule(spec: "StackSpec") -> Iterator[Problem]:
-    known = ", ".join(spec.layer_templates)
+def _uses(spec: "StackSpec") -> Iterator[Placed]:
     for i, entry in enumerate(spec.layer_schedule):
-        if entry.template not in spec.layer_templates:
-            key = f"layer_schedule.{i}.template"
-            yield _problem(
-                key, f"{entry.template!r} is not one of layer_templates", f"use one of {known}, or define it"
-            )
-    layers = sum(entry.repeat for entry in spec.layer_schedule)
+        yield from uses(entry, f"layer_schedule.{i}")
+
+
+def _schedule(spec: "StackSpec") -> Iterator[Problem]:
+    known, layers = ", ".join(spec.layer_templates), sum(place.layers for place in _uses(spec))
     if layers > MAX_LAYERS:
         yield _problem("layer_schedule", f"{layers} layers are more than {MAX_LAYERS}", "lower the repeats")
+    if layers == 0:
+        yield _problem("layer_schedule", "names no layer", f"name templates: {known}")
+    for place in _uses(spec):
+        if place.template not in spec.layer_templates:
+            near = difflib.get_close_matches(place.template, spec.layer_templates, 1)
+            fix = f"did you mean {near[0]!r}?" if near else f"use one of {known}, or define it"
+            yield _problem(place.key, f"{place.template!r} is not one of layer_templates", fix)
+        elif place.override is not None:
+            key = f"{place.key.removesuffix('.template')}.override"
+            yield from _override(spec.layer_templates[place.template], place, key)
+    yield from _shared(spec)
+
+
+def _override(template: "LayerTemplate", place: Placed, key: str) -> Iterator[Problem]:
+    assert place.override is not None
+    given = place.override.given()
+    if not any(given.values()):
+        yield _problem(key, "changes nothing", "remove it, or give a value")
+    if given.get("attention") and not isinstance(template.mixer, AttentionMixer):
+        message = f"template {place.template!r} mixes with {template.mixer.type}, not with attention"
+        yield _problem(f"{key}.attention", message, "remove it, or name a template of attention")
+    activation = given.get("ffn", {}).get("activation")
+    if activation is not None:
+        field = type(template.ffn).model_fields.get("activation")
+        allowed = get_args(field.annotation) if field is not None else ()
+        if activation not in allowed:
+            fix = f"use one of {', '.join(allowed)}" if allowed else "remove it"
+            message = f"{activation!r} is none of a {template.ffn.type} FFN's activations"
+            yield _problem(f"{key}.ffn.activation", message, fix)
+
+
+def _shared(spec: "StackSpec") -> Iterator[Problem]:
+    """Layers that share weights are of one template with one override, and there are two of them at least."""
+    groups: dict[str, list[Placed]] = {}
+    for place in _uses(spec):
+        if place.shared is not None:
+            groups.setdefault(place.shared, []).append(place)
+    for name, places in groups.items():
+        key = places[0].key.removesuffix("template") + "shared"
+        if len({(p.template, str(p.override)) for p in places}) > 1:
+            fix = "share within one template and override, or give the others a name of their own"
+            yield _problem(key, f"{name!r} is shared by layers of different templates or overrides", fix)
+        if sum(place.layers for place in places) == 1:
+            yield _problem(key, f"only one layer has {name!r}, so nothing is shared", "remove it, or name it twice")
 
 
 def _templates(spec: "StackSpec") -> Iterator[Problem]:

@@ -20,6 +20,10 @@ class Problem:
         return f"{self.category}: {where}: {self.message}\nFix: {self.fix}"
 
 
+class SpecWarning(UserWarning):
+    """What a stack file says without effect."""
+
+
 class SpecError(ValueError):
     """A stack file that cannot be built; lists every problem found."""
 

@@ -1,19 +1,28 @@
 """From templates and a schedule to a flat tuple of layers: the only place that knows either."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from .ffn import FFNSpec, NoFFN
-from .layer import KeepSpec, NormSpec, ResidualSpec
-from .mixers import MixerSpec
+from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
+from .mixers import AttentionMixer, MixerSpec
+from .schedule import OverrideSpec, Placed, unrolled
 from .stack import StackSpec
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: what it mixes with, how wide its FFN is (0: none), and which template it came from."""
+    """One layer: what it mixes with, how wide its FFN is (0: none), and where it came from.
+
+    origin is the key of the schedule that names it, override what it has instead of its template's values, and
+    weights_of the layer whose weights it uses (its own, unless it shares them).
+    """
 
     index: int
     template: str
+    origin: str
+    override: OverrideSpec | None
+    weights_of: int
     mixer_type: str
     mixer: MixerSpec
     ffn: FFNSpec
@@ -25,15 +34,23 @@ class LayerSpec:
 
 def expand(spec: StackSpec) -> tuple[LayerSpec, ...]:
     """The schedule's layers, first to last."""
-    names = [entry.template for entry in spec.layer_schedule for _ in range(entry.repeat)]
-    return tuple(_layer(spec, index, name) for index, name in enumerate(names))
+    places = [p for i, entry in enumerate(spec.layer_schedule) for p in unrolled(entry, f"layer_schedule.{i}")]
+    first: dict[str, int] = {}
+    for index, place in enumerate(places):
+        if place.shared is not None:
+            first.setdefault(place.shared, index)
+    owners = [index if p.shared is None else first[p.shared] for index, p in enumerate(places)]
+    return tuple(_layer(spec, i, *pair) for i, pair in enumerate(zip(places, owners, strict=True)))
 
 
-def _layer(spec: StackSpec, index: int, name: str) -> LayerSpec:
-    template = spec.layer_templates[name]
+def _layer(spec: StackSpec, index: int, place: Placed, owner: int) -> LayerSpec:
+    template = overridden(spec.layer_templates[place.template], place.override)
     return LayerSpec(
         index=index,
-        template=name,
+        template=place.template,
+        origin=place.key,
+        override=place.override,
+        weights_of=owner,
         mixer_type=template.mixer.type,
         mixer=template.mixer.spec,
         ffn=template.ffn,
@@ -42,6 +59,21 @@ def _layer(spec: StackSpec, index: int, name: str) -> LayerSpec:
         residual=template.residual,
         state=template.state,
     )
+
+
+def overridden(template: LayerTemplate, override: OverrideSpec | None) -> LayerTemplate:
+    """The template with an entry's own values, which were checked against it."""
+    if override is None:
+        return template
+    changes: dict[str, Any] = {}
+    for key, values in override.given().items():
+        if key == "attention":
+            assert isinstance(template.mixer, AttentionMixer)
+            attention = template.mixer.attention.model_copy(update=values)
+            changes["mixer"] = template.mixer.model_copy(update={"attention": attention})
+        else:
+            changes[key] = getattr(template, key).model_copy(update=values)
+    return template.model_copy(update=changes)
 
 
 def _hidden(spec: StackSpec, ffn: FFNSpec) -> int:

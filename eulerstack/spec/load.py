@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path as FilePath
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from .check import turns
-from .errors import Problem, SpecError
+from .check import turns, unused_templates
+from .errors import Problem, SpecError, SpecWarning
+from .let import fill
 from .stack import StackSpec
 from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
 
@@ -88,14 +90,43 @@ def _validated(document: Document, source: str) -> StackSpec:
     if not isinstance(document.data, dict):
         fix = "a stack file is a mapping that starts with `schema_version: 1` and `model:`"
         raise SpecError([Problem("", "the file holds no mapping", fix)], source)
+    remarks = [f"let.{name} is in no expression" for name in fill(document)]
+    document.data = _without_reserved(document.data, (), remarks)
+    problems, spec = document.problems, None
     try:
         spec = StackSpec.model_validate(document.data)
     except ValidationError as error:
-        problems = [*document.problems, *_problems(error, document)]
-        raise SpecError(sorted(problems, key=lambda p: p.line or 0), source) from None
-    if document.problems:
-        raise SpecError(document.problems, source)
+        known = {problem.key for problem in problems}
+        problems = [*problems, *(p for p in _problems(error, document) if p.key not in known)]
+    if spec is None or problems:
+        raise SpecError(sorted(problems, key=lambda p: (p.line or 0, p.column or 0)), source)
+    remarks += [f"layer_templates.{name} is in no entry of layer_schedule" for name in unused_templates(spec)]
+    for remark in remarks:
+        warnings.warn(SpecWarning(f"{source}: {remark}"), stacklevel=3)
     return spec
+
+
+def _without_reserved(value: Any, path: Path, remarks: list[str]) -> Any:
+    """The value without experimental.*, future.* and vendor.*.* keys, each of them remarked."""
+    if isinstance(value, tuple | list):
+        return tuple(_without_reserved(item, (*path, i), remarks) for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    free = path[-1:] in (("layer_templates",), ("branches",))  # whose keys are names
+    reserved = [] if free else [key for key, item in value.items() if _is_reserved(key, item)]
+    remarks += [f"{dotted((*path, key))} is reserved for extensions, and does nothing here" for key in reserved]
+    kept = {key: item for key, item in value.items() if key not in reserved}
+    return {key: _without_reserved(item, (*path, key), remarks) for key, item in kept.items()}
+
+
+def _is_reserved(key: str, value: Any) -> bool:
+    """experimental.X, future.X and vendor.NAME.X, dotted or nested."""
+    first, *more = key.split(".")
+    if first == "vendor":
+        return len(more) > 1 or (
+            isinstance(value, dict) and (bool(more) or all(isinstance(v, dict) for v in value.values()))
+        )
+    return first in ("experimental", "future") and (bool(more) or isinstance(value, dict))
 
 
 def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
@@ -152,7 +183,7 @@ def _problems(error: ValidationError, document: Document) -> Iterable[Problem]:
             continue  # its entries are wrong, and said so
         if item["type"] == "stack":
             for problem in item["ctx"]["problems"]:
-                line, column = _place(tuple(_as_path(problem.key, document)), document)
+                line, column = document.place(_as_path(problem.key, document))
                 yield Problem(problem.key, problem.message, problem.fix, problem.category, line, column)
         else:
             yield _field_problem(item, document)
@@ -163,18 +194,12 @@ def _as_path(key: str, document: Document) -> Path:
     return max((p for p in document.places if key == dotted(p) or key.startswith(dotted(p) + ".")), key=len, default=())
 
 
-def _place(path: Path, document: Document) -> tuple[int | None, int | None]:
-    """Where the path, or the nearest key above it, stands."""
-    for end in range(len(path), 0, -1):
-        if path[:end] in document.places:
-            return document.places[path[:end]]
-    return (1, 1) if document.places else (None, None)
-
-
 def _written(location: tuple[Any, ...], document: Document) -> Path:
     """The path as the file has it: Pydantic puts a union's tag between its keys."""
     value, path, tagged = document.data, [], False
     for step in location:
+        if isinstance(step, str) and step.startswith("<"):
+            continue  # a schedule's tag
         tagged = not tagged and isinstance(value, dict) and step in (value.get("type"), _variant_of(value))
         if tagged or not isinstance(value, dict | tuple | list):
             continue  # a step into what holds nothing is a tag too
@@ -193,7 +218,7 @@ def _variant_of(value: dict[str, Any]) -> Any:
 
 def _field_problem(item: Any, document: Document) -> Problem:
     path = _written(_location(item), document)
-    line, column = _place(path, document)
+    line, column = document.place(path)
     message, fix = _explain(item, path)
     return Problem(dotted(path), message, fix, "Schema", line, column)
 
@@ -216,8 +241,6 @@ def _explain(item: Any, path: Path) -> tuple[str, str]:
     if kind in ("literal_error", "union_tag_invalid"):
         value = value.get(name) if kind == "union_tag_invalid" and isinstance(value, dict) else value
         return _wrong_word(value, context.get("expected") or context["expected_tags"])
-    if isinstance(value, str) and value.startswith("${"):
-        return f"{value!r}: `let` and ${{}} expressions are not supported yet", "write the number"
     if isinstance(value, float) and kind in ("int_type", "int_from_float"):
         return f"{value!r} is not a whole number", "write a whole number"
     return _WANTED.get(kind, lambda v, c: (f"{v!r}: {item['msg']}", "correct the value"))(value, context)
@@ -266,12 +289,9 @@ def _wrong_word(value: Any, expected: str) -> tuple[str, str]:
     return f"{_show(value)} is not one of {', '.join(allowed)}", fix
 
 
-_RESERVED = ("experimental", "future", "vendor")
-
-
 def _unknown_key(name: str, path: Path) -> tuple[str, str]:
-    if name.partition(".")[0] in _RESERVED:
-        return "is a reserved prefix of the v1 language, not supported yet", "remove it"
+    if name.partition(".")[0] in ("experimental", "future", "vendor"):
+        return "is no key of its own", "write experimental.KEY, future.KEY or vendor.NAME.KEY"
     if name in _NEVER:
         return _NEVER[name], "remove it"
     if name in _LATER:

@@ -8,6 +8,7 @@ from .base import Block
 from .check import cross_check, refuse
 from .layer import LayerTemplate
 from .mixers import Positive
+from .schedule import Entry
 
 Width = Annotated[int, Field(ge=1, le=1 << 17)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -72,13 +73,6 @@ class EmbeddingSpec(Block):
     tie_word_embeddings: bool = True
 
 
-class ScheduleEntry(Block):
-    """`repeat` layers of a template, one after the other."""
-
-    template: str
-    repeat: Annotated[int, Field(ge=1, le=4096)] = 1
-
-
 class HeadSpec(Block):
     """The next-token head; tie_weights follows embedding.tie_word_embeddings unless set."""
 
@@ -104,7 +98,7 @@ class StackSpec(Block):
     tokenizer_contract: Annotated[ByteTokenizer | HFTokenizer, Field(discriminator="type")]
     embedding: EmbeddingSpec
     layer_templates: Annotated[dict[str, LayerTemplate], Field(min_length=1)]
-    layer_schedule: Annotated[tuple[ScheduleEntry, ...], Field(min_length=1, strict=False)]
+    layer_schedule: Annotated[tuple[Entry, ...], Field(min_length=1, strict=False)]
     head: HeadSpec
     training_hints: TrainingHints = TrainingHints()
 

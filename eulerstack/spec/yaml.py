@@ -36,6 +36,13 @@ class Document:
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    def place(self, path: Path) -> tuple[int | None, int | None]:
+        """Where the path, or the nearest key above it, stands."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.places:
+                return self.places[path[:end]]
+        return (1, 1) if self.places else (None, None)
+
 
 def parse(text: str, source: str) -> Document:
     """Raises SpecError for text that is no YAML, or is made to exhaust the reader."""

@@ -72,7 +72,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "a name that is a path": ("name: arch_expert_research_mini", "name: ../up", "model.name: '../up' cannot be a name"),
     "beta of one": ("lr_peak: 3e-3", "betas: [0.9, 1]", "training_hints.betas.1: 1 is not less than 1"),
     "no width left": ("mlp_ratio: 1.0", "mlp_ratio: 1.0e-4", "model.mlp_ratio: 0.0001 times d_model = 256 leaves no channel"),
-    "an expression": ("d_model: 256", "d_model: ${let.d}", "`let` and ${} expressions are not supported yet"),
+    "an expression": ("d_model: 256", "d_model: ${let.d}", "model.d_model: '${let.d}': let.d is not named above it"),
     "a null document first": ("schema_version: 1", "---\n---\nschema_version: 1", "more than one YAML document"),
     "a very long number": ("d_model: 256", "d_model: 0x" + "f" * 50, "model.d_model:"),
     "probability above one": ("lr_peak: 3e-3", "lr_floor_ratio: 1.5", "training_hints.lr_floor_ratio: 1.5 is more than 1"),

@@ -1,0 +1,139 @@
+"""The layer schedule: templates one after the other, repeated, nested, with values of their own, sharing weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_serializer
+
+from .base import Block
+from .mixers import Positive
+
+Repeat = Annotated[int, Field(ge=1, le=4096)]
+
+
+class _Given(Block):
+    """A block whose unset keys mean nothing: null is a value here, and is written out again."""
+
+    @model_serializer(mode="plain")
+    def given(self) -> dict[str, Any]:
+        """The keys that were set, nested blocks as mappings."""
+        values = {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set}
+        return {key: value.given() if isinstance(value, _Given) else value for key, value in values.items()}
+
+
+class ResidualOverride(_Given):
+    scaling: Annotated[float, Field(gt=0, le=1000)] = 1.0
+
+
+class AttentionOverride(_Given):
+    """window: null attends to everything."""
+
+    window: Positive | None = None
+
+
+class NormOverride(_Given):
+    type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    position: Literal["pre", "post", "sandwich"] = "pre"
+
+
+class FFNOverride(_Given):
+    activation: Literal["gelu", "relu", "relu2", "silu", "swiglu", "geglu", "reglu"] = "gelu"
+
+
+class OverrideSpec(_Given):
+    """Values that an entry's layers have instead of their template's."""
+
+    residual: ResidualOverride = ResidualOverride()
+    attention: AttentionOverride = AttentionOverride()
+    norm: NormOverride = NormOverride()
+    ffn: FFNOverride = FFNOverride()
+
+
+class ScheduleEntry(Block):
+    """`repeat` layers of a template, one after the other.
+
+    Layers of the same `shared` name have one set of weights (and each its own state), as in Zamba2 (arXiv 2411.15242).
+    """
+
+    template: str
+    repeat: Repeat = 1
+    override: OverrideSpec | None = None
+    shared: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+
+
+class PatternEntry(Block):
+    """`repeat` times a pattern: names of templates in a text, `m r m a`, or a list of names and entries."""
+
+    pattern: "Pattern"
+    repeat: Repeat = 1
+
+
+def _text_or_list(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<list>"
+
+
+def _which_entry(value: Any) -> str:
+    patterned = "pattern" in value if isinstance(value, dict) else isinstance(value, PatternEntry)
+    return "<pattern>" if patterned else "<template>"
+
+
+def _which_item(value: Any) -> str:
+    return "<name>" if isinstance(value, str) else _which_entry(value)
+
+
+Entry = Annotated[
+    Annotated[ScheduleEntry, Tag("<template>")] | Annotated[PatternEntry, Tag("<pattern>")],
+    Discriminator(_which_entry),
+]
+Item = Annotated[
+    Annotated[str, Tag("<name>")]
+    | Annotated[ScheduleEntry, Tag("<template>")]
+    | Annotated[PatternEntry, Tag("<pattern>")],
+    Discriminator(_which_item),
+]
+Pattern = Annotated[
+    Annotated[str, Field(max_length=10_000), Tag("<text>")]
+    | Annotated[tuple[Item, ...], Field(min_length=1, strict=False), Tag("<list>")],
+    Discriminator(_text_or_list),
+]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A use of a template, the key of the schedule that names it, and how many layers it stands for."""
+
+    key: str
+    template: str
+    layers: int
+    override: OverrideSpec | None = None
+    shared: str | None = None
+
+
+def uses(entry: ScheduleEntry | PatternEntry | str, key: str, times: int = 1) -> Iterator[Placed]:
+    """What an entry names, each once, whatever the repeats."""
+    if isinstance(entry, str):
+        yield Placed(key, entry, times)
+    elif isinstance(entry, ScheduleEntry):
+        yield Placed(f"{key}.template", entry.template, times * entry.repeat, entry.override, entry.shared)
+    else:
+        for part, item in _parts(entry, f"{key}.pattern"):
+            yield from uses(item, part, times * entry.repeat)
+
+
+def unrolled(entry: ScheduleEntry | PatternEntry | str, key: str) -> Iterator[Placed]:
+    """The layers that an entry stands for, first to last."""
+    if isinstance(entry, PatternEntry):
+        once = [place for part, item in _parts(entry, f"{key}.pattern") for place in unrolled(item, part)]
+        yield from once * entry.repeat
+    else:
+        for place in uses(entry, key):
+            yield from [place] * place.layers
+
+
+def _parts(entry: PatternEntry, key: str) -> Iterator[tuple[str, ScheduleEntry | PatternEntry | str]]:
+    """The entries of a pattern and their keys."""
+    if isinstance(entry.pattern, str):
+        yield from ((key, name) for name in entry.pattern.split())
+    else:
+        yield from ((f"{key}.{i}", item) for i, item in enumerate(entry.pattern))
