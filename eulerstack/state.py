@@ -138,6 +138,32 @@ class HistoryState(LayerState):
         return True
 
 
+@dataclass(frozen=True)
+class BranchedState(LayerState):
+    """The states of mixers side by side, one each."""
+
+    branches: tuple[LayerState, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": t for i, state in enumerate(self.branches) for name, t in state.tensors().items()}
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        count: Counter[str] = Counter()
+        for state in self.branches:
+            count.update(state.bytes_by_kind())
+        return dict(count)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "BranchedState":
+        return BranchedState(tuple(state.map(change) for state in self.branches))
+
+    @property
+    def bounded(self) -> bool:
+        return any(state.bounded for state in self.branches)
+
+    def rewindable(self, tokens: int) -> bool:
+        return all(state.rewindable(tokens) for state in self.branches)
+
+
 class Stateful(Protocol):
     """What saving and loading need of a model."""
 
@@ -226,7 +252,7 @@ class StackState:
         behind = int((self.reach - length).max()) if self.batch else 0
         for index, layer in enumerate(self.layers):
             if not layer.rewindable(behind):
-                raise ValueError(f"cannot roll back {behind} tokens: layer {index} {_why_not(layer)}")
+                raise ValueError(f"cannot roll back {behind} tokens: layer {index} {_why_not(layer, behind)}")
         return replace(self, length=length, bound=int(length.max()) if self.batch else 0)
 
     def to(self, device: torch.device | str) -> "StackState":
@@ -277,7 +303,9 @@ class StackState:
         return {**named, "length": self.length, "reach": self.reach}
 
 
-def _why_not(layer: LayerState) -> str:
+def _why_not(layer: LayerState, tokens: int) -> str:
+    if isinstance(layer, BranchedState):
+        return next(_why_not(state, tokens) for state in layer.branches if not state.rewindable(tokens))
     if isinstance(layer, RingState):
         return (
             f"keeps a window of {layer.window} tokens in {layer.slots} slots; "

@@ -1,5 +1,6 @@
 """explain and estimate: a stack's layers and costs, as tables in the terminal."""
 
+from collections.abc import Iterator
 from itertools import groupby
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.tree import Tree
 
 from ..costs import Estimate, LayerCost
 from ..costs import estimate as count
-from ..spec import LayerSpec, MoEFFNSpec, NoFFN, StackSpec, load
+from ..spec import BranchedSpec, LayerSpec, MixerSpec, MoEFFNSpec, NoFFN, StackSpec, load
 
 KINDS = ("KV", "latent", "history", "retention", "SSM", "WKV", "conv")
 
@@ -68,7 +69,8 @@ def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost], cost: Estima
     state = f"state {kinds}" if kinds else "keeps no state"
     each = " each" if len(group) > 1 else ""
     branch = tree.add(f"[bold]{place:>5}[/]  {escape(layer.template)}: {costs}, {state}{each}")
-    branch.add(_mixer(layer))
+    for line in _mixers(layer):
+        branch.add(escape(line))
     for choice in cost.stack.blocks[first].mixer.choices:
         branch.add(escape(f"kernels of {choice.operation}: {choice.provider} ({choice.reason})"))
     if not isinstance(layer.ffn, NoFFN):
@@ -77,9 +79,18 @@ def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost], cost: Estima
     branch.add(f"{layer.norm.position}-{layer.norm.type}, {layer.residual.type} residual{scaling}")
 
 
-def _mixer(layer: LayerSpec) -> str:
-    keys = ", ".join(f"{key} {_plain(value)}" for key, value in layer.mixer if value is not None)
-    return escape(f"{layer.mixer_type}: {keys}")
+def _mixers(layer: LayerSpec) -> Iterator[str]:
+    """A line for the mixer, or one for each of those side by side."""
+    if not isinstance(layer.mixer, BranchedSpec):
+        yield _mixer(layer.mixer_type, layer.mixer)
+        return
+    yield f"{len(layer.mixer.branches)} mixers side by side: {layer.mixer.selector.type}"
+    for name, branch in layer.mixer.branches.items():
+        yield f"{name} is {_mixer(branch.type, branch.spec)}"
+
+
+def _mixer(kind: str, spec: MixerSpec) -> str:
+    return f"{kind}: " + ", ".join(f"{key} {_plain(value)}" for key, value in spec if value is not None)
 
 
 def _ffn(layer: LayerSpec) -> str:

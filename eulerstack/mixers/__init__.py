@@ -6,6 +6,7 @@ from typing import Any
 from ..kernels.provider import Target
 from ..spec import (
     AttentionSpec,
+    BranchedSpec,
     HyenaSpec,
     LinearAttentionSpec,
     Mamba1Spec,
@@ -17,6 +18,7 @@ from ..spec import (
 )
 from .attention import Attention
 from .base import Mixer, in_chunks
+from .branched import Branched
 from .hyena import Hyena
 from .latent import LatentAttention
 from .linear import LinearAttention
@@ -30,8 +32,14 @@ def _attention(spec: AttentionSpec, stack: StackSpec, target: Target) -> Mixer[A
     return Attention(spec, stack, target) if spec.latent_dim is None else LatentAttention(spec, stack, target)
 
 
+def _branched(spec: BranchedSpec, stack: StackSpec, target: Target) -> Mixer[Any]:
+    branches = [make_mixer(branch.spec, stack, target) for branch in spec.branches.values()]
+    return Branched(branches, stack.model.d_model, spec.selector.type == "learned_gate")
+
+
 MIXERS: dict[type[MixerSpec], Callable[..., Mixer[Any]]] = {
     AttentionSpec: _attention,
+    BranchedSpec: _branched,
     HyenaSpec: Hyena,
     LinearAttentionSpec: LinearAttention,
     Mamba1Spec: Mamba1,
@@ -50,6 +58,7 @@ __all__ = [
     "MIXERS",
     "RWKV",
     "Attention",
+    "Branched",
     "Hyena",
     "LatentAttention",
     "LinearAttention",

@@ -7,6 +7,7 @@ from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
 from .load import dump, from_data, load, loads, presets, schema, with_hints
 from .mixers import (
     AttentionSpec,
+    BranchedSpec,
     HyenaSpec,
     LinearAttentionSpec,
     Mamba1Spec,
@@ -29,6 +30,7 @@ from .stack import (
 
 __all__ = [
     "AttentionSpec",
+    "BranchedSpec",
     "ByteTokenizer",
     "EmbeddingSpec",
     "FFNSpec",

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import Problem
 from .ffn import MoEFFNSpec, NoFFN
-from .mixers import AttentionMixer, AttentionSpec, Mamba2Spec, MambaMixer, RetNetMixer
+from .mixers import AttentionMixer, AttentionSpec, Mamba2Spec, MambaMixer, Plain, RetNetMixer, side_by_side
 from .schedule import Placed, uses
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _embedding(spec: "StackSpec") -> Iterator[Problem]:
     if scaling is not None and scaling.type != "yarn" and scaling.original_max_seq_len is not None:
         message = f"{scaling.type} scaling needs no original length, so it would do nothing"
         yield _problem("embedding.rope_scaling.original_max_seq_len", message, "remove it, or write type: yarn")
-    mixers = [template.mixer for template in spec.layer_templates.values()]
+    mixers = _mixers(spec)
     if embedding.positional == "alibi" and not any(isinstance(m, AttentionMixer) for m in mixers):
         fix = "write positional: none, or add a template of attention"
         yield _problem("embedding.positional", "alibi is attention's, and no template has attention", fix)
@@ -80,13 +80,18 @@ def _embedding(spec: "StackSpec") -> Iterator[Problem]:
 
 def turns(spec: "StackSpec") -> bool:
     """Whether anything uses rotary positions (a file may say so before it has such a layer)."""
-    mixers = [template.mixer for template in spec.layer_templates.values()]
+    mixers = _mixers(spec)
     return spec.embedding.positional == "rope" or any(isinstance(m, RetNetMixer) and m.retnet.rope for m in mixers)
 
 
 def _uses(spec: "StackSpec") -> Iterator[Placed]:
     for i, entry in enumerate(spec.layer_schedule):
         yield from uses(entry, f"layer_schedule.{i}")
+
+
+def _mixers(spec: "StackSpec") -> list[Plain]:
+    """Every mixer that a template names."""
+    return [m for template in spec.layer_templates.values() for m in side_by_side(template.mixer).values()]
 
 
 def _schedule(spec: "StackSpec") -> Iterator[Problem]:
@@ -142,30 +147,31 @@ def _shared(spec: "StackSpec") -> Iterator[Problem]:
 def _templates(spec: "StackSpec") -> Iterator[Problem]:
     for name, template in spec.layer_templates.items():
         key = f"layer_templates.{name}"
-        yield from _mixer(spec, template, key)
+        for branch, mixer in side_by_side(template.mixer).items():
+            yield from _mixer(spec, mixer, f"{key}.mixer{branch}")
         yield from _ffn(spec, template, key)
         yield from _state(template, key)
 
 
-def _mixer(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
-    mixer, width, heads = template.mixer, spec.model.d_model, spec.model.n_heads
+def _mixer(spec: "StackSpec", mixer: Plain, key: str) -> Iterator[Problem]:
+    width, heads = spec.model.d_model, spec.model.n_heads
     head_dim = width // heads
     rope = spec.embedding.positional == "rope"
     turned = isinstance(mixer, RetNetMixer) and mixer.retnet.rope
     turned = turned or (isinstance(mixer, AttentionMixer) and rope and mixer.attention.latent_dim is None)
     if turned and width % heads == 0 and head_dim % 2:
         fix = "choose d_model and n_heads so that d_model / n_heads is even, or do without rope"
-        yield _problem(f"{key}.mixer", f"rope turns pairs of channels, but a head has {head_dim}", fix)
+        yield _problem(key, f"rope turns pairs of channels, but a head has {head_dim}", fix)
     if isinstance(mixer, AttentionMixer):
-        yield from _latent(mixer.attention, width, rope, f"{key}.mixer.attention")
+        yield from _latent(mixer.attention, width, rope, f"{key}.attention")
     if isinstance(mixer, RetNetMixer):
         wanted = mixer.retnet.value_expand * width
         if abs(wanted - round(wanted)) > 1e-6 * wanted or round(wanted) % heads:
             message = f"values of {wanted:g} channels cannot be split over {heads} heads"
             fix = "choose value_expand so that value_expand * d_model is a multiple of n_heads"
-            yield _problem(f"{key}.mixer.retnet.value_expand", message, fix)
+            yield _problem(f"{key}.retnet.value_expand", message, fix)
     if isinstance(mixer, MambaMixer) and isinstance(mixer.mamba, Mamba2Spec):
-        yield from _mamba(mixer.mamba, width, f"{key}.mixer.mamba")
+        yield from _mamba(mixer.mamba, width, f"{key}.mamba")
 
 
 def _latent(attention: AttentionSpec, width: int, rope: bool, key: str) -> Iterator[Problem]:
@@ -206,8 +212,9 @@ def _ffn(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Pro
 
 
 def _state(template: "LayerTemplate", key: str) -> Iterator[Problem]:
-    mixer, state = template.mixer.type, template.state
-    kept, other = ("ssm_state", "kv_cache") if mixer in ("mamba", "rwkv") else ("kv_cache", "ssm_state")
-    if getattr(state, other) is not None:
-        message = f"a {mixer} mixer has no {other}"
-        yield _problem(f"{key}.state.{other}", message, f"remove it, or write {kept}")
+    mixers = side_by_side(template.mixer).values()
+    kept = {"ssm_state" if mixer.type in ("mamba", "rwkv") else "kv_cache" for mixer in mixers}
+    for name in ("kv_cache", "ssm_state"):
+        if getattr(template.state, name) is not None and name not in kept:
+            message = f"a {template.mixer.type} mixer has no {name}"
+            yield _problem(f"{key}.state.{name}", message, f"remove it, or write {min(kept)}")

@@ -30,11 +30,11 @@ _LATER = {
     "router_aux_loss_coef": "a coefficient for all routers; ffn.moe.load_balance_coef is each layer's",
     "router_lr_multiplier": "learning rates of routers",
     "optimizer": "other optimizers", "optimizer_groups": "optimizer groups", "muon": "Muon",
-    "branched": "branched mixers", "ttt": "test-time training layers",
+    "ttt": "test-time training layers",
 }  # fmt: skip
 """Keys of the v1 language that this version refuses by name, and what they are about."""
 
-_LATER_VALUES = {"branched", "ttt_layer", "hyper_connection", "causal_lm_mtp"}
+_LATER_VALUES = {"ttt_layer", "hyper_connection", "causal_lm_mtp"}
 """Values of the v1 language that this version refuses by name."""
 
 _NEVER = {
@@ -179,7 +179,7 @@ def _read(path: FilePath) -> tuple[str, str]:
 
 def _problems(error: ValidationError, document: Document) -> Iterable[Problem]:
     for item in error.errors(include_url=False):
-        if item["type"] == "too_short" and item["input"]:
+        if item["type"] == "too_short" and item["ctx"]["actual_length"] < len(item["input"]):
             continue  # its entries are wrong, and said so
         if item["type"] == "stack":
             for problem in item["ctx"]["problems"]:
@@ -255,7 +255,7 @@ _WANTED = {
     "model_attributes_type": lambda v, c: (f"{_show(v)} is not a mapping", "write its keys below it, indented"),
     "dict_type": lambda v, c: (f"{_show(v)} is not a mapping", "write its keys below it, indented"),
     "tuple_type": lambda v, c: (f"{_show(v)} is not a list", "write a list: one `- item` a line"),
-    "too_short": lambda v, c: ("is empty", "give at least one entry"),
+    "too_short": lambda v, c: ("is empty" if not v else "has one entry", f"give {_at_least(c['min_length'])}"),
     "string_too_short": lambda v, c: ("is empty", "give at least one character"),
     "string_too_long": lambda v, c: (f"has {len(v)} characters", f"use {c['max_length']} or fewer"),
     "string_pattern_mismatch": lambda v, c: (
@@ -269,6 +269,10 @@ _WANTED = {
     "less_than": lambda v, c: (f"{_show(v)} is not less than {c['lt']}", f"write a number below {c['lt']}"),
     "less_than_equal": lambda v, c: (f"{_show(v)} is more than {c['le']}", f"write {c['le']} or less"),
 }
+
+
+def _at_least(count: int) -> str:
+    return "at least one entry" if count == 1 else f"{count} entries or more"
 
 
 def _show(value: Any) -> str:

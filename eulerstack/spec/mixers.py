@@ -189,8 +189,39 @@ class HyenaMixer(Block):
         return self.hyena
 
 
-MixerSpec = AttentionSpec | Mamba1Spec | Mamba2Spec | RetNetSpec | LinearAttentionSpec | RWKVSpec | HyenaSpec
-AnyMixer = Annotated[
-    AttentionMixer | MambaMixer | RetNetMixer | LinearAttentionMixer | RWKVMixer | HyenaMixer,
-    Field(discriminator="type"),
-]
+class SelectorSpec(Block):
+    """How branches become one output: their sum, or weights that a softmax gives each token."""
+
+    type: Literal["sum", "learned_gate"] = "sum"
+
+
+Plain = AttentionMixer | MambaMixer | RetNetMixer | LinearAttentionMixer | RWKVMixer | HyenaMixer
+
+
+class BranchedSpec(Block):
+    """Two or more mixers side by side, by names of one's own."""
+
+    branches: Annotated[dict[str, Annotated[Plain, Field(discriminator="type")]], Field(min_length=2, max_length=16)]
+    selector: SelectorSpec = SelectorSpec()
+
+
+class BranchedMixer(Block):
+    type: Literal["branched"]
+    branched: BranchedSpec
+
+    @property
+    def spec(self) -> BranchedSpec:
+        return self.branched
+
+
+MixerSpec = (
+    AttentionSpec | Mamba1Spec | Mamba2Spec | RetNetSpec | LinearAttentionSpec | RWKVSpec | HyenaSpec | BranchedSpec
+)
+AnyMixer = Annotated[Plain | BranchedMixer, Field(discriminator="type")]
+
+
+def side_by_side(mixer: Plain | BranchedMixer) -> dict[str, Plain]:
+    """The mixers of a template by the keys below its `mixer`; one alone has none."""
+    if not isinstance(mixer, BranchedMixer):
+        return {"": mixer}
+    return {f".branched.branches.{name}": branch for name, branch in mixer.branched.branches.items()}

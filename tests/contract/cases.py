@@ -12,7 +12,7 @@ from eulerstack.kernels.provider import Target
 from eulerstack.mixers import Mixer, make_mixer
 from eulerstack.segments import Segments
 from eulerstack.spec import expand
-from eulerstack.state import HistoryState, LayerState, RingState
+from eulerstack.state import BranchedState, HistoryState, LayerState, RingState
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {}),
@@ -29,6 +29,22 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention_yarn": ("attention", {}),
     "attention_latent": ("attention", {"latent_dim": 8}),
     "attention_latent_window": ("attention", {"latent_dim": 6, "rope_head_dim": 4, "window": 7}),
+    "branched": (
+        "branched",
+        {
+            "branches": {
+                "near": {"type": "attention", "attention": {"window": 5}},
+                "far": {"type": "mamba", "mamba": {"d_state": 4, "head_dim": 4, "chunk_size": 8}},
+            }
+        },
+    ),
+    "branched_gate": (
+        "branched",
+        {
+            "branches": {"a": {"type": "attention"}, "r": {"type": "retnet"}, "w": {"type": "rwkv"}},
+            "selector": {"type": "learned_gate"},
+        },
+    ),
     "hyena": ("hyena", {"filter_hidden": 8}),
     "hyena_deep": ("hyena", {"filter_hidden": 4, "depth": 3, "d_conv": 2, "filter_decay": 0.2}),
     "linear_attention": ("linear_attention", {"chunk_size": 8}),
@@ -110,6 +126,9 @@ def drawn_state(mixer: Mixer[Any], batch: int, start: int, dtype: torch.dtype) -
 
 def seen(state: LayerState, length: int) -> dict[str, Tensor]:
     """What a state says about the future: of a cache, only the slots that a later query can see."""
+    if isinstance(state, BranchedState):
+        parts = [seen(branch, length) for branch in state.branches]
+        return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
     if isinstance(state, HistoryState):
         return {"inputs": state.inputs[:, :length], "conv": state.conv}
     if not isinstance(state, RingState):

@@ -49,11 +49,8 @@ def batch_of(rows: list[Row]) -> tuple[Segments, Tensor]:
 def opening(mixer: Mixer[Any], rows: list[Row], dtype: torch.dtype) -> LayerState:
     """One state whose rows have seen different numbers of tokens."""
     states = [drawn_state(mixer, 1, row.start, dtype) for row in rows]
-    first = states[0]
-    return type(first)(
-        **{k: torch.cat([s.tensors()[k] for s in states]) for k in first.tensors()},
-        **({"window": first.window} if hasattr(first, "window") else {}),
-    )
+    rows_of = iter(list(zip(*(state.tensors().values() for state in states), strict=True)))
+    return states[0].map(lambda first: torch.cat(next(rows_of)))
 
 
 def alone(mixer: Mixer[Any], x: Tensor, row: Row, state: LayerState) -> tuple[Tensor, dict[str, Tensor], int]:
