@@ -22,7 +22,10 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parameters (shared ones counted once; active: what a token uses), forward FLOPs and state bytes of a stack."""
+    """Parameters, forward FLOPs and state bytes of a stack.
+
+    Shared parameters count once; active ones are those that a token uses at inference.
+    """
 
     stack: Stack
     parameters: int
@@ -46,7 +49,7 @@ def estimate(spec: StackSpec) -> Estimate:
     """Count a stack without its memory. A template that keeps no state counts no state bytes."""
     stack = build(spec, device="meta")
     count = sum(p.numel() for p in stack.parameters())
-    idle = sum(block.idle_parameters for block in set(stack.blocks))
+    idle = sum(block.idle_parameters for block in set(stack.blocks)) + _count(stack.ahead)
     layers = tuple(_layer_cost(stack, index) for index in range(len(stack.blocks)))
     return Estimate(stack, count, count - idle, layers)
 

@@ -15,12 +15,12 @@ from .kernels.provider import Target
 from .kernels.select import check_name
 from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
-from .segments import Segments
-from .spec import MoEFFNSpec, StackSpec, dump, expand
+from .multitoken import Ahead, later, later_targets
+from .segments import IGNORED, Segments
+from .spec import MoEFFNSpec, StackSpec, ahead, dump, expand
 from .state import LayerState, StackState
 
 EMBEDDING_STD = 0.02
-IGNORED = -100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,6 +41,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleDict({str(layer.index): Block(layer, spec, target) for layer in own})
         self.norm = make_norm(self.plan[-1].norm, width)
         self.head = None if spec.tied else nn.Linear(width, vocab, bias=False)
+        self.ahead = nn.ModuleList(Ahead(plan, self.plan[-1].norm, spec, target) for plan in ahead(spec))
 
     @property
     def blocks(self) -> list[Block]:
@@ -53,11 +54,11 @@ class Stack(nn.Module):
         return any(block.mixer.grows for block in self.blocks)
 
     def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
-        return self._logits(self._sequence(tokens, segments, Block.__call__)[0])
+        return self._logits(self._sequence(tokens, self._placed(tokens, segments), Block.__call__)[0])
 
     def parallel(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """Every mixer in its parallel form, whatever its spec names."""
-        return self._logits(self._sequence(tokens, segments, Block.parallel)[0])
+        return self._logits(self._sequence(tokens, self._placed(tokens, segments), Block.parallel)[0])
 
     def chunkwise(
         self,
@@ -101,10 +102,10 @@ class Stack(nn.Module):
                     "so it has no chunkwise or recurrent form; remove the key to generate from this stack"
                 )
 
-    def check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int, training: bool = False) -> None:
         """Raises ValueError for sequences longer than the stack can hold."""
-        limit = self.spec.model.max_seq_len
-        if tokens > limit and self.grows:
+        limit, blocks = self.spec.model.max_seq_len, self._all_blocks if training else self.blocks
+        if tokens > limit and any(block.mixer.grows for block in blocks):
             raise ValueError(
                 f"{tokens} tokens are more than model.max_seq_len = {limit}, and this stack has attention without a "
                 "window; shorten the sequence or raise model.max_seq_len"
@@ -117,20 +118,45 @@ class Stack(nn.Module):
 
         The total is the sum of the scalar parts. `router_load/LAYER` [E] counts what each expert was chosen for.
         """
-        x, routings = self._sequence(tokens, segments, Block.__call__)
-        logits = self._logits(x)
-        scores = logits.flatten(0, 1).to(wide(logits.dtype))
-        total = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        cross_entropy = total / (targets != IGNORED).sum().clamp(min=1)
-        parts = {"cross_entropy": cross_entropy, **self._router_losses(routings)}
+        self.check_length(tokens.shape[1], training=True)
+        placed = self._placed(tokens, segments)
+        x, routings = self._sequence(tokens, placed, Block.__call__)
+        parts = {"cross_entropy": _cross_entropy(self._logits(x), targets)}
+        if self.spec.head.mtp is not None:
+            parts["multi_token"] = self.spec.head.mtp.train_loss_weight * self._ahead(
+                x, tokens, targets, placed, routings
+            )
+        parts |= self._router_losses(routings)
         loads = {f"router_load/{index}": routing.load for index, routing in routings.items()}
-        return torch.stack(list(parts.values())).sum() if routings else cross_entropy, {**parts, **loads}
+        return torch.stack(list(parts.values())).sum(), {**parts, **loads}
+
+    def _ahead(
+        self, x: Tensor, tokens: Tensor, targets: Tensor, segments: Segments, routings: dict[int, Routing]
+    ) -> Tensor:
+        """The mean loss of the modules that look further ahead; their routings join the others."""
+        losses = []
+        for steps, module in enumerate(self._heads, start=1):
+            x, routed = module(x, self._embedded(later(tokens, steps)), segments)
+            routings |= routed
+            logits = self._scored(module.norm(x))
+            losses.append(_cross_entropy(logits, later_targets(targets, steps, segments)))
+        return torch.stack(losses).mean()
+
+    @property
+    def _heads(self) -> list[Ahead]:
+        return list(cast(list[Ahead], self.ahead))
+
+    @property
+    def _all_blocks(self) -> list[Block]:
+        """The blocks by index, those of the modules that look ahead behind the others."""
+        return [*self.blocks, *(block for module in self._heads for block in module.blocks)]
 
     def _router_losses(self, routings: dict[int, Routing]) -> dict[str, Tensor]:
         """What the routers add to the loss, weighted by their layers' coefficients."""
         if not routings:
             return {}
-        specs = {index: self.blocks[index].layer.ffn for index in routings}
+        blocks = self._all_blocks
+        specs = {index: blocks[index].layer.ffn for index in routings}
         moes = {index: ffn.moe for index, ffn in specs.items() if isinstance(ffn, MoEFFNSpec)}
         balance = [moes[i].load_balance_coef * r.balance for i, r in routings.items()]
         z = [moes[i].z_loss * r.z for i, r in routings.items()]
@@ -138,19 +164,19 @@ class Stack(nn.Module):
 
     def rebalance(self, loads: dict[int, Tensor]) -> None:
         """Move the balancing biases of routers that have one; called once an optimizer step, loads by layer."""
-        by_weights: dict[int, Tensor] = {}
+        blocks, by_weights = self._all_blocks, dict[Block, Tensor]()
         for index, load in loads.items():
-            owner = self.plan[index].weights_of
-            by_weights[owner] = by_weights[owner] + load if owner in by_weights else load
-        for owner, load in by_weights.items():
-            ffn = self.blocks[owner].ffn
-            if isinstance(ffn, MoE):
-                ffn.rebalance(load)
+            block = blocks[index]
+            by_weights[block] = by_weights[block] + load if block in by_weights else load
+        for block, load in by_weights.items():
+            if isinstance(block.ffn, MoE):
+                block.ffn.rebalance(load)
 
-    def flops(self, tokens: int) -> int:
-        """Forward FLOPs of one sequence of `tokens`."""
-        head = 2 * tokens * self.spec.model.d_model * self.spec.model.vocab_size
-        return head + sum(block.flops(tokens) for block in self.blocks)
+    def flops(self, tokens: int, training: bool = False) -> int:
+        """Forward FLOPs of one sequence of `tokens`; of `losses`, with the modules that look ahead, if `training`."""
+        more = self._heads if training else []
+        heads = (1 + len(more)) * 2 * tokens * self.spec.model.d_model * self.spec.model.vocab_size
+        return heads + sum(b.flops(tokens) for b in self.blocks) + sum(m.flops(tokens) for m in more)
 
     def fingerprint(self) -> str:
         """A hash of the spec and of every weight: what a saved state belongs to."""
@@ -171,26 +197,34 @@ class Stack(nn.Module):
         self.norm.reset_parameters()
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
+        for module in self._heads:
+            module.reset_parameters(out_scale=adds**-0.5)
+
+    def _placed(self, tokens: Tensor, segments: Segments | None) -> Segments:
+        """The segments of whole sequences. Raises ValueError for sequences longer than the stack can hold."""
+        self.check_length(tokens.shape[1])
+        if segments is None:
+            return Segments.dense(tokens.shape[1], device=tokens.device)
+        start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+        return segments.placed(start, tokens.shape[1], 0)
 
     def _sequence(
         self,
         tokens: Tensor,
-        segments: Segments | None,
+        segments: Segments,
         form: Callable[[Block, Tensor, Segments], tuple[Tensor, Routing | None]],
     ) -> tuple[Tensor, dict[int, Routing]]:
         """The residual stream after the last layer, and how each mixture of experts routed."""
-        self.check_length(tokens.shape[1])
-        if segments is None:
-            placed = Segments.dense(tokens.shape[1], device=tokens.device)
-        else:
-            start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
-            placed = segments.placed(start, tokens.shape[1], 0)
-        x, routings = self.embedding(tokens), {}
+        x, routings = self._embedded(tokens), {}
         for index, block in enumerate(self.blocks):
-            x, routing = form(block, x, placed)
+            x, routing = form(block, x, segments)
             if routing is not None:
                 routings[index] = routing
         return x, routings
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        scale, x = self.spec.embedding.scale, cast(Tensor, self.embedding(tokens))
+        return x if scale == 1 else x * scale
 
     def _step(
         self,
@@ -200,10 +234,10 @@ class Stack(nn.Module):
         form: Callable[[Block, Tensor, LayerState, Segments], tuple[Tensor, LayerState]],
     ) -> tuple[Tensor, StackState]:
         if tokens.shape[1] == 0:
-            return self._logits(self.embedding(tokens)), state
+            return self._logits(self._embedded(tokens)), state
         placed = (segments or Segments()).placed(state.length, tokens.shape[1], state.bound)
         bound = self._room(state, placed, tokens.shape[1])
-        x, layers = self.embedding(tokens), []
+        x, layers = self._embedded(tokens), []
         for block, before in zip(self.blocks, state.layers, strict=True):
             x, after = form(block, x, before, placed)
             layers.append(after)
@@ -226,8 +260,19 @@ class Stack(nn.Module):
         return state.max_tokens
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x), weight)
+        return self._scored(self.norm(x))
+
+    def _scored(self, x: Tensor) -> Tensor:
+        weight, cap = self.embedding.weight if self.head is None else self.head.weight, self.spec.head.logit_softcap
+        logits = F.linear(x, weight)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the targets that count; zero where none does."""
+    scores = logits.flatten(0, 1).to(wide(logits.dtype))
+    total = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def build(

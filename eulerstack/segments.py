@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The target of a token that does not count in the loss."""
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:

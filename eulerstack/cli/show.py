@@ -48,17 +48,25 @@ def _tree(spec: StackSpec, cost: Estimate) -> Tree:
     aim = f", target {_short(model.target_params)}" if model.target_params else ""
     tree = Tree(f"[bold]{escape(model.name)}[/]{escape(about)}: {cost.parameters:,} parameters{aim}, {model.dtype}")
     tied = ", tied with the head" if spec.tied else ""
-    tree.add(f"embedding {model.vocab_size:,} x {model.d_model}{tied}; positions: {spec.embedding.positional}")
+    scale = "" if spec.embedding.scale == 1 else f", times {spec.embedding.scale:g}"
+    tree.add(f"embedding {model.vocab_size:,} x {model.d_model}{tied}{scale}; positions: {spec.embedding.positional}")
     layers = tree.add(
         f"{len(cost.layers)} layers, d_model {model.d_model}, {model.n_heads} heads of {model.kv_heads} kv"
     )
     for _, group in groupby(cost.layers, key=lambda c: c.layer.template):
         _add_group(layers, spec, list(group), cost)
-    tree.add(f"{cost.layers[-1].layer.norm.type}, head {model.d_model} x {model.vocab_size:,}")
+    tree.add(f"{cost.layers[-1].layer.norm.type}, head {model.d_model} x {model.vocab_size:,}{_softcap(spec)}")
+    if (mtp := spec.head.mtp) is not None:
+        what = f"{mtp.n_predict} x {mtp.head_layers} {mtp.head_template} for tokens further ahead"
+        tree.add(escape(f"{what}, in training only: their mean loss counts {mtp.train_loss_weight:g}"))
     state = cost.state_bytes(1, model.max_seq_len)
     kinds = ", ".join(f"{kind} {_bytes(state[kind])}" for kind in KINDS if kind in state)
     tree.add(f"state of one row at {model.max_seq_len:,} tokens: {_bytes(state['total'])} ({kinds})")
     return tree
+
+
+def _softcap(spec: StackSpec) -> str:
+    return "" if spec.head.logit_softcap is None else f", logits within {spec.head.logit_softcap:g}"
 
 
 def _add_group(tree: Tree, spec: StackSpec, group: list[LayerCost], cost: Estimate) -> None:

@@ -1,7 +1,7 @@
 """The YAML language: what a stack file may say. Imports no torch, and nothing else of ours."""
 
 from .errors import Problem, SpecError, SpecWarning
-from .expand import LayerSpec, expand
+from .expand import LayerSpec, ahead, expand
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
 from .load import dump, from_data, load, loads, presets, schema, with_hints
@@ -62,6 +62,7 @@ __all__ = [
     "SpecWarning",
     "StackSpec",
     "TrainingHints",
+    "ahead",
     "dump",
     "expand",
     "from_data",

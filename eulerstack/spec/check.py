@@ -27,12 +27,13 @@ def refuse(problems: list[Problem]) -> None:
 
 def cross_check(spec: "StackSpec") -> list[Problem]:
     """Every broken rule of a spec whose fields are right one by one."""
-    return [*_widths(spec), *_tokens(spec), *_schedule(spec), *_templates(spec)]
+    return [*_widths(spec), *_tokens(spec), *_head(spec), *_schedule(spec), *_templates(spec)]
 
 
 def unused_templates(spec: "StackSpec") -> list[str]:
     """Templates that no schedule entry names: a warning, not an error."""
     used = {place.template for place in _uses(spec)}
+    used |= set() if spec.head.mtp is None else {spec.head.mtp.head_template}
     return [name for name in spec.layer_templates if name not in used]
 
 
@@ -61,6 +62,24 @@ def _tokens(spec: "StackSpec") -> Iterator[Problem]:
     if head is not None and head != tie:
         fix = "give both the same value, or leave head.tie_weights out"
         yield _problem("head.tie_weights", f"{head} contradicts embedding.tie_word_embeddings = {tie}".lower(), fix)
+
+
+def _head(spec: "StackSpec") -> Iterator[Problem]:
+    mtp, several = spec.head.mtp, spec.head.type == "causal_lm_mtp"
+    if mtp is None and several:
+        yield _problem("head.mtp", "is required by head.type: causal_lm_mtp", "add `mtp: {head_template: NAME}`")
+    if mtp is not None and not several:
+        yield _problem("head.mtp", "does nothing with head.type: causal_lm", "write head.type: causal_lm_mtp")
+    if mtp is not None:
+        yield from _known(spec, "head.mtp.head_template", mtp.head_template)
+
+
+def _known(spec: "StackSpec", key: str, template: str) -> Iterator[Problem]:
+    names = spec.layer_templates
+    if template not in names:
+        near = difflib.get_close_matches(template, names, 1)
+        fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}, or define it"
+        yield _problem(key, f"{template!r} is not one of layer_templates", fix)
 
 
 def _embedding(spec: "StackSpec") -> Iterator[Problem]:
@@ -95,17 +114,14 @@ def _mixers(spec: "StackSpec") -> list[Plain]:
 
 
 def _schedule(spec: "StackSpec") -> Iterator[Problem]:
-    known, layers = ", ".join(spec.layer_templates), sum(place.layers for place in _uses(spec))
+    layers = sum(place.layers for place in _uses(spec))
     if layers > MAX_LAYERS:
         yield _problem("layer_schedule", f"{layers} layers are more than {MAX_LAYERS}", "lower the repeats")
     if layers == 0:
-        yield _problem("layer_schedule", "names no layer", f"name templates: {known}")
+        yield _problem("layer_schedule", "names no layer", f"name templates: {', '.join(spec.layer_templates)}")
     for place in _uses(spec):
-        if place.template not in spec.layer_templates:
-            near = difflib.get_close_matches(place.template, spec.layer_templates, 1)
-            fix = f"did you mean {near[0]!r}?" if near else f"use one of {known}, or define it"
-            yield _problem(place.key, f"{place.template!r} is not one of layer_templates", fix)
-        elif place.override is not None:
+        yield from _known(spec, place.key, place.template)
+        if place.override is not None and place.template in spec.layer_templates:
             key = f"{place.key.removesuffix('.template')}.override"
             yield from _override(spec.layer_templates[place.template], place, key)
     yield from _shared(spec)
@@ -163,6 +179,7 @@ def _mixer(spec: "StackSpec", mixer: Plain, key: str) -> Iterator[Problem]:
         fix = "choose d_model and n_heads so that d_model / n_heads is even, or do without rope"
         yield _problem(key, f"rope turns pairs of channels, but a head has {head_dim}", fix)
     if isinstance(mixer, AttentionMixer):
+        yield from _window(mixer.attention, f"{key}.attention")
         yield from _latent(mixer.attention, width, rope, f"{key}.attention")
     if isinstance(mixer, RetNetMixer):
         wanted = mixer.retnet.value_expand * width
@@ -172,6 +189,11 @@ def _mixer(spec: "StackSpec", mixer: Plain, key: str) -> Iterator[Problem]:
             yield _problem(f"{key}.retnet.value_expand", message, fix)
     if isinstance(mixer, MambaMixer) and isinstance(mixer.mamba, Mamba2Spec):
         yield from _mamba(mixer.mamba, width, f"{key}.mamba")
+
+
+def _window(attention: AttentionSpec, key: str) -> Iterator[Problem]:
+    if attention.window_mode == "sliding" and attention.window is None:
+        yield _problem(f"{key}.window_mode", "sliding needs a window", "write `window: N` beside it")
 
 
 def _latent(attention: AttentionSpec, width: int, rope: bool, key: str) -> Iterator[Problem]:

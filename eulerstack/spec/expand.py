@@ -34,13 +34,26 @@ class LayerSpec:
 
 def expand(spec: StackSpec) -> tuple[LayerSpec, ...]:
     """The schedule's layers, first to last."""
-    places = [p for i, entry in enumerate(spec.layer_schedule) for p in unrolled(entry, f"layer_schedule.{i}")]
+    places = _places(spec)
     first: dict[str, int] = {}
     for index, place in enumerate(places):
         if place.shared is not None:
             first.setdefault(place.shared, index)
     owners = [index if p.shared is None else first[p.shared] for index, p in enumerate(places)]
     return tuple(_layer(spec, i, *pair) for i, pair in enumerate(zip(places, owners, strict=True)))
+
+
+def ahead(spec: StackSpec) -> tuple[tuple[LayerSpec, ...], ...]:
+    """The layers of each module of a multi-token head, numbered on from the schedule's; none without such a head."""
+    if (mtp := spec.head.mtp) is None:
+        return ()
+    start, place = len(_places(spec)), Placed("head.mtp", mtp.head_template, mtp.head_layers)
+    firsts = range(start, start + mtp.n_predict * mtp.head_layers, mtp.head_layers)
+    return tuple(tuple(_layer(spec, i, place, i) for i in range(f, f + mtp.head_layers)) for f in firsts)
+
+
+def _places(spec: StackSpec) -> list[Placed]:
+    return [p for i, entry in enumerate(spec.layer_schedule) for p in unrolled(entry, f"layer_schedule.{i}")]
 
 
 def _layer(spec: StackSpec, index: int, place: Placed, owner: int) -> LayerSpec:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from . import refused
 from .check import turns, unused_templates
 from .errors import Problem, SpecError, SpecWarning
 from .let import fill
@@ -17,33 +18,13 @@ from .stack import StackSpec
 from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
 
 _LATER = {
-    "let": "variables", "override": "per-entry overrides", "transition": "reasoning-phase metadata",
-    "compatibility": "compile targets", "execution_modes": "execution modes", "memory": "memory modules",
-    "shape_change": "shape changes", "depth_gating": "depth gating", "parallel": "parallel streams",
-    "integrator": "integrators", "attn_drop": "attention dropout",
-    "window_mode": "window modes (a `window` slides)", "window_dilation": "dilated windows",
-    "compression": "compressed attention",
-    "hyper": "hyper-connections", "logit_softcap": "soft-capping of the head; attention has its own",
-    "mtp": "multi-token prediction",
-    "scale": "embedding scaling", "pad_token": "padding tokens",
+    "attn_drop": "attention dropout",
     "init": "initialisation schemes", "dropout": "dropout", "checkpointing": "activation checkpointing",
     "router_aux_loss_coef": "a coefficient for all routers; ffn.moe.load_balance_coef is each layer's",
     "router_lr_multiplier": "learning rates of routers",
     "optimizer": "other optimizers", "optimizer_groups": "optimizer groups", "muon": "Muon",
-    "ttt": "test-time training layers",
 }  # fmt: skip
-"""Keys of the v1 language that this version refuses by name, and what they are about."""
-
-_LATER_VALUES = {"ttt_layer", "hyper_connection", "causal_lm_mtp"}
-"""Values of the v1 language that this version refuses by name."""
-
-_NEVER = {
-    "capacity_factor": "would drop tokens by what comes after them, which is not causal: no token is dropped here",
-    "dynamic": "scales by the sequence's length, so that a prefix would change as it grows",
-    "h3": "is not one of the mixers yet",
-    "dilated": "windows are not supported yet",
-}
-"""Keys and values that are refused with a reason of their own."""
+"""Keys of the v1 language that are still to come."""
 
 PRESET_DIRS = (FilePath(__file__).parents[1] / "presets", FilePath(__file__).parents[2] / "presets")
 """Where the shipped presets are: in the wheel, and in a checkout."""
@@ -284,10 +265,8 @@ def _show(value: Any) -> str:
 
 def _wrong_word(value: Any, expected: str) -> tuple[str, str]:
     allowed = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",")]
-    if isinstance(value, str) and value in _NEVER:
-        return f"{value!r} {_NEVER[value]}", f"use one of {', '.join(allowed)}"
-    if isinstance(value, str) and value in _LATER_VALUES:
-        return f"{value!r} is part of the v1 language but not supported yet", f"use one of {', '.join(allowed)}"
+    if isinstance(value, str) and value in refused.VALUES:
+        return f"{value!r} {refused.VALUES[value]}", f"use one of {', '.join(allowed)}"
     near = difflib.get_close_matches(str(value), allowed, 1)
     fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(allowed)}"
     return f"{_show(value)} is not one of {', '.join(allowed)}", fix
@@ -296,8 +275,8 @@ def _wrong_word(value: Any, expected: str) -> tuple[str, str]:
 def _unknown_key(name: str, path: Path) -> tuple[str, str]:
     if name.partition(".")[0] in ("experimental", "future", "vendor"):
         return "is no key of its own", "write experimental.KEY, future.KEY or vendor.NAME.KEY"
-    if name in _NEVER:
-        return _NEVER[name], "remove it"
+    if name in refused.KEYS:
+        return refused.KEYS[name]
     if name in _LATER:
         return f"is part of the v1 language but not supported yet ({_LATER[name]})", "remove it"
     known = [key for key in _siblings(path) if key != name]

@@ -21,12 +21,13 @@ class AttentionSpec(Block):
     """Softmax attention with the model's n_heads and n_kv_heads.
 
     latent_dim makes it multi-head latent attention, whose cache holds a latent of that width and a rotated key of
-    rope_head_dim channels (half a head by default) that all heads share.
+    rope_head_dim channels (half a head by default) that all heads share. window_mode: sliding asserts a window.
     """
 
     qkv_bias: bool = False
     qk_norm: bool = False
     window: Positive | None = None
+    window_mode: Literal["standard", "sliding"] = "standard"
     logit_softcap: Annotated[float, Field(gt=0, le=1e6)] | None = None
     attention_sinks: SinksSpec | None = None
     latent_dim: Positive | None = None

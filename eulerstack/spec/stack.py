@@ -61,7 +61,7 @@ class RopeScalingSpec(Block):
 
 
 class EmbeddingSpec(Block):
-    """Learned token embeddings. `positional` is attention's; a retnet turns by its own `rope`.
+    """Learned token embeddings, multiplied by `scale`. `positional` is attention's; a retnet turns by its own `rope`.
 
     Both use rope_theta and rope_scaling.
     """
@@ -71,13 +71,32 @@ class EmbeddingSpec(Block):
     rope_theta: Annotated[float, Field(gt=1, le=1e12)] = 10000.0
     rope_scaling: RopeScalingSpec | None = None
     tie_word_embeddings: bool = True
+    scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+
+
+class MultiTokenSpec(Block):
+    """n_predict modules of head_layers layers of head_template, each trained to predict one token further ahead.
+
+    Their mean loss counts train_loss_weight times (DeepSeek-V3, arXiv 2412.19437, section 2.2); inference has no use
+    for them.
+    """
+
+    n_predict: Annotated[int, Field(ge=1, le=16)] = 1
+    head_layers: Annotated[int, Field(ge=1, le=64)] = 1
+    head_template: str
+    train_loss_weight: Annotated[float, Field(gt=0, le=100)] = 0.3
 
 
 class HeadSpec(Block):
-    """The next-token head; tie_weights follows embedding.tie_word_embeddings unless set."""
+    """The next-token head, which causal_lm_mtp trains with others for the tokens after that.
 
-    type: Literal["causal_lm"] = "causal_lm"
+    tie_weights follows embedding.tie_word_embeddings unless set; logit_softcap c makes logits c tanh(logits / c).
+    """
+
+    type: Literal["causal_lm", "causal_lm_mtp"] = "causal_lm"
     tie_weights: bool | None = None
+    logit_softcap: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    mtp: MultiTokenSpec | None = None
 
 
 class TrainingHints(Block):

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..model import IGNORED
-from ..segments import Segments
+from ..segments import IGNORED, Segments
 from ..spec import ByteTokenizer, HFTokenizer
 from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .corpus import Shard, list_files, shards, standard_library
@@ -240,7 +239,7 @@ def _check_range(key: str, value: int, low: int, high: int) -> None:
 
 def _check_length(seq_len: int, model: Any) -> None:
     try:
-        model.model.check_length(seq_len)
+        model.model.check_length(seq_len, training=True)
     except ValueError as error:
         raise ValueError(f"data.seq_len = {seq_len}: {error}") from None
 

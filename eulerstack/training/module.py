@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from ..checkpoint import check_checkpoint, load_weights
-from ..model import IGNORED, Stack, build
+from ..model import Stack, build
+from ..segments import IGNORED
 from ..spec import StackSpec, dump, load, loads, with_hints
 from .data import Batch, TextData
 from .optim import adamw, warmup_cosine
@@ -94,9 +95,9 @@ class StackModule(L.LightningModule):
         return loss
 
     def _note_routing(self, parts: dict[str, Tensor], rows: int) -> None:
-        """Log the routers' losses and their busiest experts' share (1: balanced); keep the loads for the step."""
+        """Log the other losses and the routers' busiest experts' share (1: balanced); keep the loads for the step."""
         for name, part in parts.items():
-            if name in ("load_balance", "router_z"):
+            if name in ("load_balance", "router_z", "multi_token"):
                 self.log(name, part.detach(), batch_size=rows)
             if name.startswith("router_load/"):
                 layer = int(name.rpartition("/")[2])
