@@ -3,8 +3,9 @@
 from .errors import Problem, SpecError, SpecWarning
 from .expand import LayerSpec, ahead, expand
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
+from .json_schema import schema
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
-from .load import dump, from_data, load, loads, presets, schema, with_hints
+from .load import dump, from_data, load, loads, presets, with_hints
 from .mixers import (
     AttentionSpec,
     BranchedSpec,

@@ -10,44 +10,55 @@ Ratio = Annotated[float, Field(gt=0, le=64)]
 
 
 class MLPSpec(Block):
-    """down(act(up x)); mlp_ratio overrides the model's."""
+    """down(act(up x))."""
 
     type: Literal["mlp"]
     activation: Literal["gelu", "relu", "relu2", "silu"] = "gelu"
+    """Between the two projections."""
     bias: bool = False
+    """Biases in the projections."""
     mlp_ratio: Ratio | None = None
+    """Width over d_model; the model's by default."""
 
 
 class GatedMLPSpec(Block):
-    """down(act(gate x) * up x); mlp_ratio overrides the model's."""
+    """down(act(gate x) * up x)."""
 
     type: Literal["gated_mlp"]
     activation: Literal["swiglu", "geglu", "reglu"] = "swiglu"
+    """Of the gate: silu, gelu or relu."""
     bias: bool = False
+    """Biases in the projections."""
     mlp_ratio: Ratio | None = None
+    """Width over d_model; the model's by default."""
 
 
 class BiasCorrectionSpec(Block):
-    """Balance without a loss: a bias a router output, moved by update_rate after each optimizer step."""
+    """Balance without a loss: a bias a router output, moved after each optimizer step (arXiv 2408.15664)."""
 
     enabled: bool = True
+    """false does without."""
     update_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """How far a bias moves after each optimizer step."""
 
 
 class MoESpec(Block):
-    """A router picks top_k of `experts`; shared_experts serve every token.
-
-    `softmax` weighs the chosen experts by a softmax over their logits, `sigmoid` by sigmoids that sum to one. Tokens
-    are never dropped.
-    """
+    """A router picks experts for each token; none is dropped."""
 
     experts: Annotated[int, Field(ge=1, le=4096)] = 8
+    """How many experts there are to choose from."""
     top_k: Annotated[int, Field(ge=1, le=4096)] = 2
+    """How many of them serve a token."""
     router: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax weighs the chosen experts by a softmax over their logits, sigmoid by sigmoids that sum to one."""
     shared_experts: Annotated[int, Field(ge=0, le=64)] = 0
+    """Experts that serve every token."""
     load_balance_coef: Annotated[float, Field(ge=0, le=100)] = 0.01
+    """Weight of the load-balancing loss."""
     z_loss: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of the loss on the router's logits."""
     bias_correction: BiasCorrectionSpec | None = None
+    """Balance without a loss."""
 
     @property
     def bias_rate(self) -> float | None:
@@ -57,12 +68,15 @@ class MoESpec(Block):
 
 
 class MoEFFNSpec(Block):
-    """A mixture of gated experts, each mlp_ratio * d_model wide."""
+    """A mixture of gated experts."""
 
     type: Literal["moe"]
     activation: Literal["swiglu", "geglu", "reglu"] = "swiglu"
+    """Of the experts' gates."""
     mlp_ratio: Ratio | None = None
+    """Width of one expert over d_model; the model's by default."""
     moe: MoESpec = MoESpec()
+    """The experts and their router."""
 
 
 class NoFFN(Block):

@@ -1,7 +1,6 @@
 """From a file, a preset's name or a text to a StackSpec, and back."""
 
 import difflib
-import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path as FilePath
@@ -125,11 +124,6 @@ def _data(spec: StackSpec) -> dict[str, Any]:
     if not turns(spec):
         del data["embedding"]["rope_theta"]  # a file that says it where nothing turns is refused
     return data
-
-
-def schema() -> str:
-    """The language as JSON Schema."""
-    return json.dumps(StackSpec.model_json_schema(), indent=2) + "\n"
 
 
 def presets() -> dict[str, FilePath]:

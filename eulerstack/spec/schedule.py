@@ -23,50 +23,68 @@ class _Given(Block):
 
 
 class ResidualOverride(_Given):
+    """Of the residual's values."""
+
     scaling: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """What is added is multiplied with this."""
 
 
 class AttentionOverride(_Given):
-    """window: null attends to everything."""
+    """Of attention's values."""
 
     window: Positive | None = None
+    """How many tokens a query sees; null: all."""
 
 
 class NormOverride(_Given):
+    """Of the norms' values."""
+
     type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """The norm."""
     position: Literal["pre", "post", "sandwich"] = "pre"
+    """Where it stands."""
 
 
 class FFNOverride(_Given):
+    """Of the FFN's values."""
+
     activation: Literal["gelu", "relu", "relu2", "silu", "swiglu", "geglu", "reglu"] = "gelu"
+    """One of the template's FFN."""
 
 
 class OverrideSpec(_Given):
     """Values that an entry's layers have instead of their template's."""
 
     residual: ResidualOverride = ResidualOverride()
+    """Of the residual connection."""
     attention: AttentionOverride = AttentionOverride()
+    """Of attention."""
     norm: NormOverride = NormOverride()
+    """Of the norms."""
     ffn: FFNOverride = FFNOverride()
+    """Of the FFN."""
 
 
 class ScheduleEntry(Block):
-    """`repeat` layers of a template, one after the other.
-
-    Layers of the same `shared` name have one set of weights (and each its own state), as in Zamba2 (arXiv 2411.15242).
-    """
+    """Layers of one template; shared weights as in Zamba2 (arXiv 2411.15242)."""
 
     template: str
+    """One of layer_templates."""
     repeat: Repeat = 1
+    """How many layers of it."""
     override: OverrideSpec | None = None
+    """What these layers have instead."""
     shared: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    """Layers with the same name here have one set of weights, and each its own state."""
 
 
 class PatternEntry(Block):
-    """`repeat` times a pattern: names of templates in a text, `m r m a`, or a list of names and entries."""
+    """A pattern such as `m r m a`, repeated."""
 
     pattern: "Pattern"
+    """Names of templates in one text, or a list of names and entries."""
     repeat: Repeat = 1
+    """How often."""
 
 
 def _text_or_list(value: Any) -> str:

@@ -16,18 +16,28 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSpec(Block):
-    """Widths shared by all layers. family_hint and target_params are metadata, shown by `explain`."""
+    """Widths shared by all layers."""
 
     name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+    """What the stack is called in messages and files."""
     d_model: Width
+    """Width of the residual stream."""
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
+    """How many tokens there are."""
     max_seq_len: Positive
+    """The longest sequence, in tokens, that layers which keep every token can hold."""
     n_heads: Width
+    """Heads of attention, retention and the other mixers that have heads; divides d_model."""
     n_kv_heads: Width | None = None
+    """Heads of keys and values in attention, shared by groups of query heads; n_heads by default."""
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
+    """Width of the FFNs over d_model, where they name none of their own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and activations; decays and recurrent states stay at least float32."""
     family_hint: str | None = None
+    """Metadata: what kind of model this is, shown by `explain`."""
     target_params: Annotated[int, Field(ge=1)] | None = None
+    """Metadata: how many parameters were aimed at, shown by `explain`."""
 
     @property
     def kv_heads(self) -> int:
@@ -45,81 +55,105 @@ class HFTokenizer(Block):
 
     type: Literal["hf"]
     pretrained: Annotated[str, Field(min_length=1)]
+    """A tokenizer.json, or the folder that holds one."""
     add_bos: bool = False
+    """Begin every document with the tokenizer's first token."""
     add_eos: bool = False
+    """End every document with the tokenizer's last token."""
 
 
 class RopeScalingSpec(Block):
-    """Rotary positions for contexts `factor` times as long as original_max_seq_len (max_seq_len / factor by default).
-
-    `linear` divides positions, `ntk` raises theta, `yarn` divides slow channels, keeps fast ones and scales logits.
-    """
+    """Rotary positions for contexts longer than the original."""
 
     type: Literal["linear", "ntk", "yarn"]
+    """linear divides positions; ntk raises theta; yarn divides slow channels, keeps fast ones, scales logits."""
     factor: Annotated[float, Field(ge=1, le=1e6)]
+    """How many times longer the context is than the original."""
     original_max_seq_len: Positive | None = None
+    """The original context in tokens, for yarn; max_seq_len / factor by default."""
 
 
 class EmbeddingSpec(Block):
-    """Learned token embeddings, multiplied by `scale`. `positional` is attention's; a retnet turns by its own `rope`.
-
-    Both use rope_theta and rope_scaling.
-    """
+    """Token embeddings; `positional` is attention's, a retnet turns by its own `rope`."""
 
     type: Literal["learned"] = "learned"
+    """A vector learned for each token."""
     positional: Literal["rope", "none", "alibi"] = "rope"
+    """How attention knows positions: turned pairs of channels, a bias by distance, or not at all."""
     rope_theta: Annotated[float, Field(gt=1, le=1e12)] = 10000.0
+    """The base of the rotations' wavelengths, of attention and of retnets."""
     rope_scaling: RopeScalingSpec | None = None
+    """Rotations for a longer context."""
     tie_word_embeddings: bool = True
+    """The head reads the embedding's weights."""
     scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """What embeddings are multiplied with."""
 
 
 class MultiTokenSpec(Block):
-    """n_predict modules of head_layers layers of head_template, each trained to predict one token further ahead.
-
-    Their mean loss counts train_loss_weight times (DeepSeek-V3, arXiv 2412.19437, section 2.2); inference has no use
-    for them.
-    """
+    """Modules trained to look further ahead (DeepSeek-V3, arXiv 2412.19437, section 2.2); inference does without."""
 
     n_predict: Annotated[int, Field(ge=1, le=16)] = 1
+    """How many modules there are, each looking one token further ahead."""
     head_layers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Layers of each module."""
     head_template: str
+    """The template of these layers."""
     train_loss_weight: Annotated[float, Field(gt=0, le=100)] = 0.3
+    """What the modules' mean loss counts in the training loss."""
 
 
 class HeadSpec(Block):
-    """The next-token head, which causal_lm_mtp trains with others for the tokens after that.
-
-    tie_weights follows embedding.tie_word_embeddings unless set; logit_softcap c makes logits c tanh(logits / c).
-    """
+    """From the last layer to the loss."""
 
     type: Literal["causal_lm", "causal_lm_mtp"] = "causal_lm"
+    """causal_lm predicts the next token; causal_lm_mtp is also trained on tokens further ahead."""
     tie_weights: bool | None = None
+    """Says again what embedding.tie_word_embeddings says."""
     logit_softcap: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """c in c * tanh(logits / c)."""
     mtp: MultiTokenSpec | None = None
+    """The modules of causal_lm_mtp."""
 
 
 class TrainingHints(Block):
     """Defaults of `fit`; the command line overrides each."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    """Of the weights and the shuffling."""
     lr_peak: Annotated[float, Field(gt=0, le=10)] = 3e-3
+    """Learning rate after warm-up."""
     lr_floor_ratio: Fraction = 0.1
+    """The last learning rate, as a share of lr_peak."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
+    """AdamW's, on matrices and embeddings only."""
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; null clips nothing."""
     warmup_steps_ratio: Fraction = 0.05
+    """Share of the steps that warm up."""
 
 
 class StackSpec(Block):
+    """A stack file of eulerstack."""
+
     schema_version: Annotated[int, Field(ge=1, le=1)] = 1
+    """Of the language: 1."""
     model: ModelSpec
+    """Widths shared by all layers."""
     tokenizer_contract: Annotated[ByteTokenizer | HFTokenizer, Field(discriminator="type")]
+    """The tokenizer that the stack is trained with."""
     embedding: EmbeddingSpec
+    """Token embeddings and positions."""
     layer_templates: Annotated[dict[str, LayerTemplate], Field(min_length=1)]
+    """Kinds of layers, by names of your own."""
     layer_schedule: Annotated[tuple[Entry, ...], Field(min_length=1, strict=False)]
+    """Which templates follow each other."""
     head: HeadSpec
+    """From the last layer to the loss."""
     training_hints: TrainingHints = TrainingHints()
+    """Defaults of `fit`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
