@@ -2,7 +2,7 @@
 
 import codecs
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,3 +144,18 @@ def _tokenizer_file(pretrained: str, folder: Path | None) -> Path:
         f"tokenizer_contract.pretrained = {pretrained!r} is no tokenizer.json and no folder with one; "
         "download the tokenizer and give its path (nothing is downloaded for you)"
     )
+
+
+def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pieces of a text up to the first of the `stops`; an end that might become one is held back."""
+    text, shown = "", 0
+    for piece in pieces:
+        text += piece
+        found = [at for stop in stops if (at := text.find(stop, max(0, shown - len(stop)))) >= 0]
+        if found:
+            yield text[shown : min(found)]
+            return
+        safe = len(text) - max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        yield text[shown:safe]
+        shown = safe
+    yield text[shown:]

@@ -7,8 +7,9 @@ import torch
 
 import eulerstack as es
 from eulerstack.inference import generate as module
+from eulerstack.inference.sampling import Sampler, Sampling, Token
 from eulerstack.spec import HFTokenizer
-from eulerstack.tokens import Bytes
+from eulerstack.tokens import Bytes, until
 
 from .conftest import close
 
@@ -61,17 +62,65 @@ def test_seeds_and_samplers(build_mini: Build) -> None:
     assert written(model, PROMPTS, 20, top_p=1e-9, seed=0) == greedy
 
 
-def test_top_k_and_top_p_cut_where_they_say() -> None:
-    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).repeat(4000, 1)
-    share = logits[0].softmax(-1)
-    chance = torch.Generator().manual_seed(0)
-    drawn = module._Sampler(1.0, 3, None, chance)(logits)
-    assert sorted(set(drawn.tolist())) == [0, 1, 2]
-    drawn = module._Sampler(1.0, None, float(share[:2].sum()) - 1e-3, chance)(logits)
-    assert sorted(set(drawn.tolist())) == [0, 1]
-    drawn = module._Sampler(1.0, None, None, chance)(logits)
-    frequencies = torch.bincount(drawn, minlength=5) / 4000
-    assert (frequencies - share).abs().max() < 0.03
+LOGITS = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
+SHARE = LOGITS.softmax(-1)
+CUTS = {
+    "nothing": ({}, [0, 1, 2, 3, 4]),
+    "all of it": ({"top_p": 1.0, "top_k": 5, "min_p": 0.0}, [0, 1, 2, 3, 4]),
+    "top_k": ({"top_k": 3}, [0, 1, 2]),
+    "top_p": ({"top_p": float(SHARE[:2].sum()) - 1e-3}, [0, 1]),
+    "top_p of what top_k left": ({"top_k": 2, "top_p": float(SHARE[0] / SHARE[:2].sum()) - 1e-3}, [0]),
+    "min_p": ({"min_p": float(SHARE[2] / SHARE[0]) - 1e-3}, [0, 1, 2]),
+    "temperature, then min_p": ({"temperature": 0.5, "min_p": float(SHARE[2] / SHARE[0]) - 1e-3}, [0, 1]),
+}
+
+
+def drawn(count: int, **rules: object) -> torch.Tensor:
+    sampler = Sampler(count, 5, torch.device("cpu"))
+    for row in range(count):
+        sampler.put(row, Sampling(seed=row, **rules))  # type: ignore[arg-type]
+    return torch.tensor(sampler(LOGITS.repeat(count, 1)))
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_rules_cut_where_they_say_and_keep_the_rest_in_proportion(name: str) -> None:
+    rules, left = CUTS[name]
+    ids = drawn(3000, **rules)
+    wanted = (LOGITS / rules.get("temperature", 1.0)).softmax(-1)[left]
+    counts = torch.bincount(ids, minlength=5) / 3000
+    assert counts.sum() == counts[left].sum()
+    assert (counts[left] - wanted / wanted.sum()).abs().max() < 0.03
+
+
+def test_a_rows_tokens_do_not_depend_on_the_batch(build_mini: Build) -> None:
+    model = build_mini()
+    rules = {"seed": 5, "temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.3}
+    together = written(model, PROMPTS, 20, **rules)
+    for row, prompt in enumerate(PROMPTS):
+        assert written(model, [prompt], 20, **{**rules, "seed": 5 + row})[0] == together[row]
+
+
+def test_repetition_is_penalised_in_prompt_and_text() -> None:
+    sampler = Sampler(2, 5, torch.device("cpu"))
+    sampler.put(0, Sampling(temperature=0, repetition_penalty=2.0), [0])
+    logits = torch.tensor([4.0, 3.0, -1.0, -1.5, -9.0]).repeat(2, 1)
+    assert sampler(logits) == [1, 0]  # 4 / 2 < 3
+    assert sampler(logits) == [0, 0]  # 3 / 2 < 4 / 2
+    sampler.put(0, Sampling(temperature=0, repetition_penalty=2.0), [2])
+    assert sampler(torch.tensor([[-5.0, -5.0, -1.0, -1.5, -9.0]] * 2))[0] == 3  # -1 * 2 < -1.5
+    sampler.put(0, Sampling(temperature=0))
+    assert sampler(logits) == [0, 0]
+
+
+def test_logprobs_are_the_models_whatever_the_rules_cut(build_mini: Build) -> None:
+    model = build_mini()
+    steps = [step[0] for step in es.generate(model, [PROMPTS[0]], 5, seed=0, top_k=1, temperature=0.3, logprobs=3)]
+    tokens = torch.tensor([PROMPTS[0] + steps])
+    scores = model(tokens)[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+    for token, wanted in zip(steps, scores, strict=True):
+        assert isinstance(token, Token)
+        close(torch.tensor([token.logprob]), wanted[token][None].float(), 1e-6)
+        assert list(token.top) == wanted.topk(3).indices.tolist()
 
 
 def test_stopped_rows_yield_none(build_mini: Build) -> None:
@@ -97,6 +146,10 @@ def test_stopped_rows_yield_none(build_mini: Build) -> None:
         ({"temperature": -1}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"seed": 1 << 64}, "seed"),
     ],
 )
 def test_refusals_come_before_the_first_token(build_mini: Build, options: dict[str, object], message: str) -> None:
@@ -111,6 +164,27 @@ def test_bytes_stream_whole_characters() -> None:
     assert "".join(pieces) == "naïve 𝄞"
     assert "�" not in "".join(pieces)
     assert Bytes().decode([255]) == "�"
+
+
+@pytest.mark.parametrize("cuts", [[1] * 30, [30], [3, 7, 2, 18]])
+@pytest.mark.parametrize(
+    ("stops", "wanted"),
+    [([], "one, two, tthree, four"), (["three"], "one, two, t"), (["four", "two"], "one, "), (["x", "fourx"], None)],
+)
+def test_text_ends_before_the_first_stop(cuts: list[int], stops: list[str], wanted: str | None) -> None:
+    text = "one, two, tthree, four"
+    pieces, at = [], 0
+    for cut in cuts:
+        pieces.append(text[at : at + cut])
+        at += cut
+    assert "".join(until(iter(pieces), stops)) == (text if wanted is None else wanted)
+
+
+def test_no_part_of_a_stop_is_shown_early() -> None:
+    shown = []
+    for piece in until(iter(["a<", "en", "d", ">b"]), ["<end>"]):
+        shown.append(piece)
+    assert "".join(shown) == "a"
 
 
 def test_a_hugging_face_tokenizer_encodes_decodes_and_streams(tmp_path) -> None:  # type: ignore[no-untyped-def]

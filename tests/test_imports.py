@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "builder": {"model", "spec"},
     "costs": {"block", "model", "spec"},
     "checkpoint": {"model", "spec", "tokens"},
-    "inference": {"model", "segments", "state"},
+    "inference": {"kernels", "model", "segments", "state"},
     "training": {"checkpoint", "model", "segments", "spec", "tokens"},
     "cli": {"checkpoint", "costs", "inference", "spec", "tokens", "training"},
 }

@@ -156,6 +156,10 @@ def test(arguments: tuple[str, ...]) -> None:
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(1), help="Sample among the k likeliest.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the likeliest that reach p.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Sample among those p times as likely as the likeliest.")
+@click.option("--repetition-penalty", default=1.0, type=click.FloatRange(0, min_open=True), help="1 is none.")
+@click.option("--stop", "stops", multiple=True, help="Stop before this text; give many for the first of them.")
+@click.option("--logprobs", type=click.IntRange(0), help="Print a line a token, with the N likeliest.")
 @click.option("--seed", type=int, help="The same seed, the same text.")
 @click.option("--device", default="cpu", show_default=True)
 def generate(prompts: tuple[str, ...], **options: object) -> None:

@@ -62,6 +62,9 @@ def test_fit_test_and_generate(stack_file: Path, corpus: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("doc")
     assert done.stdout == eulerstack(*one, cwd=tmp_path).stdout
+    cut = done.stdout[3:15]
+    assert eulerstack(*one, "--stop", cut, cwd=tmp_path).stdout == f"doc{done.stdout[3:].partition(cut)[0]}\n"
+    assert len(eulerstack(*one, "--logprobs", "2", cwd=tmp_path).stdout.splitlines()) == 20
     done = eulerstack(*one, "--prompt", "a longer one", "--temperature", "0", cwd=tmp_path)
     assert "--- 2 of 2\na longer one" in done.stdout
 

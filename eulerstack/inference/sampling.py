@@ -1,0 +1,139 @@
+"""How tokens are drawn: each row of a batch by its own rules and from its own source of chance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.precision import wide
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One request's rules; those left out cut nothing. Raises ValueError for values that mean nothing.
+
+    temperature: of the softmax; 0 takes the likeliest token. top_k: among the k likeliest. top_p: among the likeliest
+    that reach p together (Holtzman et al. 2020, arXiv 1904.09751). min_p: among those at least min_p times as likely
+    as the likeliest (Nguyen et al. 2024, arXiv 2407.01082). repetition_penalty: logits of tokens that were there are
+    divided by it where positive, else multiplied (Keskar et al. 2019, arXiv 1909.05858). seed: the same seed, the same
+    tokens, whatever else is in the batch. logprobs: how many likeliest tokens are told beside each one chosen.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, right, wanted in (
+            ("temperature", 0 <= self.temperature < float("inf"), "be 0 (greedy) or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "be 1 or more"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "lie above 0 and not above 1"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "lie between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "be above 0"),
+            ("seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 64, "fit 64 bits"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "be 0 or more"),
+        ):
+            if not right:
+                raise ValueError(f"{name} = {getattr(self, name)} must {wanted}")
+
+
+class Token(int):
+    """An id that knows how likely it was: its log probability, and those of the likeliest ids, likeliest first."""
+
+    logprob: float
+    top: dict[int, float]
+
+    def __new__(cls, token: int, logprob: float, top: dict[int, float]) -> "Token":
+        self = super().__new__(cls, token)
+        self.logprob, self.top = logprob, top
+        return self
+
+
+class Sampler:
+    """Draws a token for each of `rows` rows; `put` says by which rules a row is drawn from now on."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        self.rules = [Sampling(temperature=0)] * rows
+        self.vocab, self.device = vocab, device
+        self.chance = [torch.Generator() for _ in range(rows)]
+        self.seen: Tensor | None = None
+        self._limits = self._read_limits()
+
+    def put(self, row: int, rules: Sampling, prompt: Sequence[int] = ()) -> None:
+        self.rules[row] = rules
+        if rules.seed is None:
+            self.chance[row].seed()
+        else:
+            self.chance[row].manual_seed(rules.seed)
+        if self.seen is None and rules.repetition_penalty != 1:
+            self.seen = torch.zeros(len(self.rules), self.vocab, dtype=torch.bool, device=self.device)
+        if self.seen is not None:
+            self.seen[row] = False
+            self.seen[row, torch.as_tensor(prompt, dtype=torch.int64, device=self.device)] = True
+        self._limits = self._read_limits()
+
+    def __call__(self, logits: Tensor) -> list[int]:
+        """An id a row of logits [B, V]; Tokens where the row's rules ask for logprobs."""
+        logits = logits.to(wide(logits.dtype))
+        chosen = self._chosen(self._penalised(logits))
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None], True)
+        return self._told(logits, chosen)
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        best = logits.argmax(-1)
+        if all(rules.temperature == 0 for rules in self.rules):
+            return best
+        temperature, top_k, top_p, min_p, greedy = self._limits
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        ordered = (ordered - ordered[:, :1]) / temperature
+        ordered = ordered.masked_fill(torch.arange(self.vocab, device=self.device) >= top_k, -torch.inf)
+        share = ordered.softmax(-1)
+        kept = (share.cumsum(-1) - share < top_p) & (share >= min_p * share[:, :1])
+        kept[:, 0] = True
+        reached = (share * kept).cumsum(-1)
+        point = self._points().to(reached) * reached[:, -1:]
+        place = (reached <= point).sum(-1, keepdim=True).clamp(max=self.vocab - 1)
+        return torch.where(greedy, best, index.gather(1, place)[:, 0])
+
+    def _points(self) -> Tensor:
+        """[B, 1] where in [0, 1) each row's chance falls."""
+        points = [torch.rand((), dtype=torch.float64, generator=chance) for chance in self.chance]
+        return torch.stack(points)[:, None].to(self.device)
+
+    def _read_limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Temperatures, top_k, top_p and min_p [B, 1], and which rows are greedy [B]."""
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None].float()
+
+        greedy = torch.tensor([r.temperature == 0 for r in self.rules], device=self.device)
+        return (
+            column([r.temperature or 1.0 for r in self.rules]),
+            column([r.top_k or self.vocab for r in self.rules]),
+            column([2.0 if r.top_p in (None, 1) else r.top_p for r in self.rules]),
+            column([r.min_p or 0.0 for r in self.rules]),
+            greedy,
+        )
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        if self.seen is None:
+            return logits
+        penalty = torch.tensor([r.repetition_penalty for r in self.rules], device=self.device).to(logits)[:, None]
+        return torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    def _told(self, logits: Tensor, chosen: Tensor) -> list[int]:
+        """The ids, with their log probabilities under the model (whatever the rules cut) where asked for."""
+        ids: list[int] = chosen.tolist()
+        for row, rules in enumerate(self.rules):
+            if rules.logprobs is not None:
+                scores = logits[row].log_softmax(-1)
+                best = scores.topk(min(rules.logprobs, self.vocab))
+                top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+                ids[row] = Token(ids[row], float(scores[ids[row]]), top)
+        return ids
