@@ -234,6 +234,22 @@ class StackState:
                 mine.copy_(theirs)
         return replace(self, bound=snapshot.bound)
 
+    def put(self, rows: Tensor | Sequence[int], other: "StackState") -> "StackState":
+        """The same state with other's rows, in order, in place of these: written into its own memory.
+
+        Raises ValueError where the two were not made for the same max_tokens.
+        """
+        index = self._rows(rows)
+        with torch.no_grad():
+            for (name, mine), theirs in zip(self._views().items(), other._views().values(), strict=True):
+                if mine.shape[1:] != theirs.shape[1:] or theirs.shape[0] != len(index):
+                    raise ValueError(
+                        f"cannot put {name} of {tuple(theirs.shape)} into {len(index)} rows of {tuple(mine.shape)}; "
+                        f"make both with init_state(max_tokens={self.max_tokens}, rollback={self.rollback_limit})"
+                    )
+                mine.index_copy_(0, index, theirs.to(mine.dtype))
+        return replace(self, bound=max(self.bound, other.bound))
+
     def reset(self, rows: Tensor | Sequence[int]) -> "StackState":
         """The same state with some rows back at the start of an empty document."""
         index = self._rows(rows)

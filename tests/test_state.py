@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import eulerstack as es
+from eulerstack.segments import Segments
 
 from .conftest import close
 
@@ -51,6 +52,24 @@ def test_reset_starts_rows_over(build_mini: Build) -> None:
         got, _ = model.chunkwise(tokens, state)
         close(got[1:], model.parallel(tokens[1:]), 1e-12)
         close(got[:1], model.parallel(torch.cat([tokens, tokens], 1)[:1])[:, 10:], 1e-12)
+
+
+def test_rows_are_put_among_others(build_mini: Build) -> None:
+    model, tokens = build_mini(), torch.randint(0, 256, (3, 14))
+    with torch.inference_mode():
+        _, batch = model.chunkwise(tokens[:2, :9], model.init_state(2, 40))
+        _, one = model.chunkwise(tokens[2:, :4], model.init_state(1, 40))
+        batch = batch.put([0], one)
+        assert batch.length.tolist() == [4, 9]
+        real = torch.tensor([[True], [False]])
+        for at in range(4, 14):  # the other row waits
+            got, batch = model.recurrent(tokens[[2, 0], at : at + 1], batch, Segments(real=real))
+            close(got[:1], model.parallel(tokens[2:])[:, at : at + 1], 1e-12)
+        got, _ = model.recurrent(tokens[[1, 1], 9:10], batch.select([1, 1]))
+        close(got[1:], model.parallel(tokens[1:2])[:, 9:10], 1e-12)
+        for other in (model.init_state(1, 30), model.init_state(2, 40)):
+            with pytest.raises(ValueError, match="cannot put"):
+                batch.put([0], other)
 
 
 def positional(window: int | None = None) -> es.Stack:

@@ -125,16 +125,32 @@ def _beside(cached: Tensor, own: Tensor) -> Tensor:
 
 def written(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:
     """The cache [B, S, ...] with the new tokens [B, T, ...] of each row's last document in their slots."""
-    write = _write_plain if segments.plain else _write_ragged
-    return write(cache, new.to(cache.dtype), segments)
+    new = new.to(cache.dtype)
+    if segments.plain:
+        return _write_plain(cache, new, segments)
+    return _write_one(cache, new, segments) if new.shape[1] == 1 else _write_ragged(cache, new, segments)
+
+
+def _write_one(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:
+    """One token [B, 1, ...] in its slot; rows of padding write back what the slot holds."""
+    assert segments.position is not None
+    shape = (new.shape[0], 1, *[1] * (new.dim() - 2))
+    slot = (segments.position % cache.shape[1]).reshape(shape).expand_as(new)
+    real = (segments.label >= 0).reshape(shape)
+    return _scattered(cache, slot, torch.where(real, new, cache.gather(1, slot)))
 
 
 def _write_plain(cache: Tensor, new: Tensor, segments: Segments) -> Tensor:
-    """The last S new tokens in the slots of their positions; in place under no_grad."""
+    """The last S new tokens in the slots of their positions."""
     assert segments.position is not None
     size = cache.shape[1]
     new, position = new[:, -size:], segments.position[:, -size:]
     slots = (position % size).reshape(*position.shape, *[1] * (new.dim() - 2)).expand_as(new)
+    return _scattered(cache, slots, new)
+
+
+def _scattered(cache: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+    """In place under no_grad."""
     frozen = cache.is_inference() and not torch.is_inference_mode_enabled()
     return cache.scatter(1, slots, new) if torch.is_grad_enabled() or frozen else cache.scatter_(1, slots, new)
 
