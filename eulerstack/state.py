@@ -247,7 +247,8 @@ class StackState:
                         f"cannot put {name} of {tuple(theirs.shape)} into {len(index)} rows of {tuple(mine.shape)}; "
                         f"make both with init_state(max_tokens={self.max_tokens}, rollback={self.rollback_limit})"
                     )
-                mine.index_copy_(0, index, theirs.to(mine.dtype))
+                if theirs.untyped_storage().data_ptr() != mine.untyped_storage().data_ptr():  # else it is there
+                    mine.index_copy_(0, index, theirs.to(mine.dtype))
         return replace(self, bound=max(self.bound, other.bound))
 
     def reset(self, rows: Tensor | Sequence[int]) -> "StackState":

@@ -79,7 +79,7 @@ def drawn(count: int, **rules: object) -> torch.Tensor:
     sampler = Sampler(count, 5, torch.device("cpu"))
     for row in range(count):
         sampler.put(row, Sampling(seed=row, **rules))  # type: ignore[arg-type]
-    return torch.tensor(sampler(LOGITS.repeat(count, 1)))
+    return torch.tensor(sampler(LOGITS.repeat(count, 1), range(count)))
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -104,12 +104,12 @@ def test_repetition_is_penalised_in_prompt_and_text() -> None:
     sampler = Sampler(2, 5, torch.device("cpu"))
     sampler.put(0, Sampling(temperature=0, repetition_penalty=2.0), [0])
     logits = torch.tensor([4.0, 3.0, -1.0, -1.5, -9.0]).repeat(2, 1)
-    assert sampler(logits) == [1, 0]  # 4 / 2 < 3
-    assert sampler(logits) == [0, 0]  # 3 / 2 < 4 / 2
+    assert sampler(logits, [0, 1]) == [1, 0]  # 4 / 2 < 3
+    assert sampler(logits, [0, 1]) == [0, 0]  # 3 / 2 < 4 / 2
     sampler.put(0, Sampling(temperature=0, repetition_penalty=2.0), [2])
-    assert sampler(torch.tensor([[-5.0, -5.0, -1.0, -1.5, -9.0]] * 2))[0] == 3  # -1 * 2 < -1.5
+    assert sampler(torch.tensor([[-5.0, -5.0, -1.0, -1.5, -9.0]]), [0]) == [3]  # -1 * 2 < -1.5
     sampler.put(0, Sampling(temperature=0))
-    assert sampler(logits) == [0, 0]
+    assert sampler(logits, [0, 1]) == [0, 0]
 
 
 def test_logprobs_are_the_models_whatever_the_rules_cut(build_mini: Build) -> None:

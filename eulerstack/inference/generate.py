@@ -51,7 +51,7 @@ def _steps(
     alive = [True] * len(rows)
     with torch.inference_mode():
         logits, state = prefill(model, rows, count)
-        chosen = sample(logits)
+        chosen = sample(logits, range(len(rows)))
     for left in reversed(range(count)):
         yield [token if live else None for token, live in zip(chosen, alive, strict=True)]
         alive = [live and token not in stop for token, live in zip(chosen, alive, strict=True)]
@@ -60,7 +60,7 @@ def _steps(
         with torch.inference_mode():
             ids = torch.tensor(chosen, device=logits.device)
             out, state = model.recurrent(ids[:, None], state)
-            chosen = sample(out[:, -1])
+            chosen = sample(out[:, -1], range(len(rows)))
 
 
 def prefill(model: Stack, rows: list[list[int]], room: int = 0) -> tuple[Tensor, StackState]:

@@ -55,14 +55,13 @@ class Token(int):
 
 
 class Sampler:
-    """Draws a token for each of `rows` rows; `put` says by which rules a row is drawn from now on."""
+    """Draws tokens for rows of a batch; `put` says by which rules a row is drawn from now on."""
 
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self.rules = [Sampling(temperature=0)] * rows
         self.vocab, self.device = vocab, device
         self.chance = [torch.Generator() for _ in range(rows)]
         self.seen: Tensor | None = None
-        self._limits = self._read_limits()
 
     def put(self, row: int, rules: Sampling, prompt: Sequence[int] = ()) -> None:
         self.rules[row] = rules
@@ -75,65 +74,53 @@ class Sampler:
         if self.seen is not None:
             self.seen[row] = False
             self.seen[row, torch.as_tensor(prompt, dtype=torch.int64, device=self.device)] = True
-        self._limits = self._read_limits()
 
-    def __call__(self, logits: Tensor) -> list[int]:
-        """An id a row of logits [B, V]; Tokens where the row's rules ask for logprobs."""
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
+        """An id for each of some rows, logits [len(rows), V]; Tokens where the row's rules ask for logprobs."""
         logits = logits.to(wide(logits.dtype))
-        chosen = self._chosen(self._penalised(logits))
+        chosen = self._chosen(self._penalised(logits, rows), rows)
         if self.seen is not None:
-            self.seen.scatter_(1, chosen[:, None], True)
-        return self._told(logits, chosen)
+            self.seen[rows, chosen] = True
+        return self._told(logits, chosen, rows)
 
-    def _chosen(self, logits: Tensor) -> Tensor:
-        best = logits.argmax(-1)
-        if all(rules.temperature == 0 for rules in self.rules):
+    def _chosen(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        best, rules = logits.argmax(-1), [self.rules[row] for row in rows]
+        if all(rule.temperature == 0 for rule in rules):
             return best
-        temperature, top_k, top_p, min_p, greedy = self._limits
+        temperature = self._column([r.temperature or 1.0 for r in rules])
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         ordered = (ordered - ordered[:, :1]) / temperature
-        ordered = ordered.masked_fill(torch.arange(self.vocab, device=self.device) >= top_k, -torch.inf)
-        share = ordered.softmax(-1)
-        kept = (share.cumsum(-1) - share < top_p) & (share >= min_p * share[:, :1])
+        beyond = torch.arange(self.vocab, device=self.device) >= self._column([r.top_k or self.vocab for r in rules])
+        share = ordered.masked_fill(beyond, -torch.inf).softmax(-1)
+        kept = share.cumsum(-1) - share < self._column([2.0 if r.top_p in (None, 1) else r.top_p for r in rules])
+        kept &= share >= self._column([r.min_p or 0.0 for r in rules]) * share[:, :1]
         kept[:, 0] = True
         reached = (share * kept).cumsum(-1)
-        point = self._points().to(reached) * reached[:, -1:]
-        place = (reached <= point).sum(-1, keepdim=True).clamp(max=self.vocab - 1)
+        chance = [torch.rand((), dtype=torch.float64, generator=self.chance[row]).item() for row in rows]
+        place = (reached <= self._column(chance) * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=self.vocab - 1)
+        greedy = torch.tensor([rule.temperature == 0 for rule in rules], device=self.device)
         return torch.where(greedy, best, index.gather(1, place)[:, 0])
 
-    def _points(self) -> Tensor:
-        """[B, 1] where in [0, 1) each row's chance falls."""
-        points = [torch.rand((), dtype=torch.float64, generator=chance) for chance in self.chance]
-        return torch.stack(points)[:, None].to(self.device)
+    def _column(self, values: Sequence[float | None]) -> Tensor:
+        """[B, 1]"""
+        return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
 
-    def _read_limits(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Temperatures, top_k, top_p and min_p [B, 1], and which rows are greedy [B]."""
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None].float()
-
-        greedy = torch.tensor([r.temperature == 0 for r in self.rules], device=self.device)
-        return (
-            column([r.temperature or 1.0 for r in self.rules]),
-            column([r.top_k or self.vocab for r in self.rules]),
-            column([2.0 if r.top_p in (None, 1) else r.top_p for r in self.rules]),
-            column([r.min_p or 0.0 for r in self.rules]),
-            greedy,
-        )
-
-    def _penalised(self, logits: Tensor) -> Tensor:
+    def _penalised(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         if self.seen is None:
             return logits
-        penalty = torch.tensor([r.repetition_penalty for r in self.rules], device=self.device).to(logits)[:, None]
-        return torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        penalty = self._column([self.rules[row].repetition_penalty for row in rows])
+        return torch.where(self.seen[rows], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-    def _told(self, logits: Tensor, chosen: Tensor) -> list[int]:
+    def _told(self, logits: Tensor, chosen: Tensor, rows: Sequence[int]) -> list[int]:
         """The ids, with their log probabilities under the model (whatever the rules cut) where asked for."""
         ids: list[int] = chosen.tolist()
-        for row, rules in enumerate(self.rules):
-            if rules.logprobs is not None:
-                scores = logits[row].log_softmax(-1)
-                best = scores.topk(min(rules.logprobs, self.vocab))
-                top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-                ids[row] = Token(ids[row], float(scores[ids[row]]), top)
+        for i, row in enumerate(rows):
+            if (count := self.rules[row].logprobs) is not None:
+                ids[i] = told(ids[i], logits[i].log_softmax(-1), count)
         return ids
+
+
+def told(token: int, scores: Tensor, count: int) -> Token:
+    """A token with its log probability among scores [V], and those of the `count` likeliest."""
+    best = scores.topk(min(count, scores.shape[-1]))
+    return Token(token, float(scores[token]), dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
