@@ -27,17 +27,24 @@ class Forms(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Kernels of one operation; `refuses(target)` says why they cannot serve, or None."""
+    """Kernels of one operation; `refuses(target, **needs)` says why they cannot serve, or None."""
 
     kernels: Any
-    refuses: Callable[[Target], str | None]
+    refuses: Callable[..., str | None]
 
 
-def anywhere(target: Target) -> str | None:
+def anywhere(target: Target, **needs: Any) -> str | None:
     """The reference's answer: it serves everything."""
     return None
 
 
-def on_cpu(target: Target) -> str | None:
+def on_cpu(target: Target, **needs: Any) -> str | None:
     """The answer of kernels compiled for a CPU."""
     return None if target.device in ("cpu", "meta") else "runs on a CPU only"
+
+
+def on_gpu(target: Target, **needs: Any) -> str | None:
+    """The answer of kernels compiled for a GPU."""
+    if target.device in ("cpu", "meta"):
+        return "runs on a GPU only"
+    return "has no float64" if target.dtype == torch.float64 else None

@@ -6,18 +6,29 @@ from typing import Any, NamedTuple
 from .provider import Provider, Target
 
 PROVIDERS: dict[str, tuple[str, ...]] = {
-    "attention": ("torch",),
-    "conv": ("numba", "torch"),
+    "attention": ("torch", "flash_attn"),
+    "conv": ("numba", "torch", "causal_conv1d"),
     "long_conv": ("torch",),
     "wkv": ("torch",),
     "retention": ("numba", "torch", "fla"),
-    "selective_scan": ("numba", "torch"),
-    "ssd": ("numba", "torch", "fla"),
+    "selective_scan": ("numba", "torch", "mamba_ssm"),
+    "ssd": ("numba", "torch", "fla", "mamba_ssm"),
 }
 """Operation -> its providers in the order that `auto` tries them; each is a file, kernels/<operation>/<provider>.py.
 
 What stands behind `torch`, which serves everything, is taken only by name: it has not been measured on a GPU yet.
 """
+
+PACKAGES = {
+    "fla": "flash-linear-attention",
+    "mamba_ssm": "mamba-ssm",
+    "selective_scan_cuda": "mamba-ssm",
+    "causal_conv1d": "causal-conv1d",
+    "causal_conv1d_cuda": "causal-conv1d",
+    "flash_attn": "flash-attn",
+    "flash_attn_2_cuda": "flash-attn",
+}
+"""What is installed for what is imported."""
 
 
 class Choice(NamedTuple):
@@ -29,18 +40,18 @@ class Choice(NamedTuple):
     reason: str
 
 
-def select(operation: str, target: Target) -> Choice:
-    """The provider asked for, or with `auto` the fastest that can serve.
+def select(operation: str, target: Target, **needs: Any) -> Choice:
+    """The provider asked for, or with `auto` the fastest that can serve. `needs`: what the mixer will ask of it.
 
     A name that has no kernels for this operation leaves it to `auto`. Raises ValueError where the provider asked for
     cannot serve.
     """
     names = PROVIDERS[operation]
     if target.kernels in names:
-        return _asked_for(operation, target)
+        return _asked_for(operation, target, needs)
     refusals: list[str] = []
     for name in names:
-        reason = _why_not(operation, name, target)
+        reason = _why_not(operation, name, target, needs)
         if reason is None:
             return Choice(operation, name, _load(operation, name).kernels, "; ".join(refusals) or "the fastest here")
         refusals.append(f"{name}: {reason}")
@@ -54,19 +65,20 @@ def check_name(kernels: str) -> None:
         raise ValueError(f"kernels={kernels!r}: there is no such provider; use one of {', '.join(['auto', *known])}")
 
 
-def _asked_for(operation: str, target: Target) -> Choice:
+def _asked_for(operation: str, target: Target, needs: dict[str, Any]) -> Choice:
     name = target.kernels
-    reason = _why_not(operation, name, target)
+    reason = _why_not(operation, name, target, needs)
     if reason is not None:
         raise ValueError(f"kernels={name!r} cannot serve {operation}: {reason}; use kernels='auto'")
     return Choice(operation, name, _load(operation, name).kernels, "asked for")
 
 
-def _why_not(operation: str, name: str, target: Target) -> str | None:
+def _why_not(operation: str, name: str, target: Target, needs: dict[str, Any]) -> str | None:
     try:
-        return _load(operation, name).refuses(target)
+        return _load(operation, name).refuses(target, **needs)
     except ModuleNotFoundError as error:
-        return f"{(error.name or '').partition('.')[0]} is not installed"
+        missing = (error.name or "").partition(".")[0]
+        return f"{missing} is not installed (pip install {PACKAGES.get(missing, missing)})"
     except ImportError as error:
         return f"does not import ({error})"
 

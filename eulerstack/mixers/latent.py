@@ -32,7 +32,8 @@ class LatentAttention(CachedAttention[LatentState]):
         self.rope = make_rope(stack.embedding, model.max_seq_len, self.turned) if rotary else None
         self.logits = LogitsOf(spec, stack, (self.key_dim + self.turned) ** -0.5)
         self.measures = self.logits.slopes is not None
-        self.choices = (select("attention", target),)
+        sizes = {"head_dim": self.key_dim + self.turned, "value_dim": self.key_dim}
+        self.choices = (select("attention", target, sinks=spec.attention_sinks is not None, **sizes),)
         self.ops = self.choices[0].kernels
         heads_width = self.heads * self.key_dim
         self.q_proj = nn.Linear(model.d_model, self.heads * (self.key_dim + self.turned), bias=False)

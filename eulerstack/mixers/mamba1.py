@@ -23,9 +23,10 @@ class Mamba1(Mamba):
         super().__init__()
         width = stack.model.d_model
         self.spec = spec
-        self.choices = (select("selective_scan", target), select("conv", target))
-        self.ops, self.conv = (choice.kernels for choice in self.choices)
         inner, rank = spec.inner_width(width), spec.rank(width)
+        conv = select("conv", target, width=spec.d_conv, channels=inner)
+        self.choices = (select("selective_scan", target, numbers=spec.d_state), conv)
+        self.ops, self.conv = (choice.kernels for choice in self.choices)
         self.z_proj = nn.Linear(width, inner, bias=False)
         self.x_proj = nn.Linear(width, inner, bias=False)
         self.x_conv = ShortConv(inner, spec.d_conv)

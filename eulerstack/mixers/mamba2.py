@@ -26,9 +26,10 @@ class Mamba2(Mamba):
         super().__init__()
         width = stack.model.d_model
         self.spec = spec
-        self.choices = (select("ssd", target), select("conv", target))
-        self.ops, self.conv = (choice.kernels for choice in self.choices)
         inner, shared = spec.inner_width(width), spec.n_groups * spec.d_state
+        conv = select("conv", target, width=spec.d_conv, channels=inner + 2 * shared)
+        self.choices = (select("ssd", target, numbers=spec.d_state), conv)
+        self.ops, self.conv = (choice.kernels for choice in self.choices)
         self.heads = inner // spec.head_dim
         self.z_proj = nn.Linear(width, inner, bias=False)
         self.x_proj = nn.Linear(width, inner, bias=False)

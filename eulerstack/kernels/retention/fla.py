@@ -4,6 +4,8 @@ They choose their own chunk (64 tokens at most). A call's real tokens are packed
 """
 
 import os
+from dataclasses import replace
+from typing import Any
 
 import torch
 from fla.ops.simple_gla import chunk_simple_gla
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ...segments import Segments
 from ..precision import wide, without_autocast
-from ..provider import Forms, Provider, Target
+from ..provider import Forms, Provider, Target, on_gpu
 from .torch import recurrent
 
 
@@ -50,11 +52,10 @@ def _packed(
     return y.unflatten(0, (B, T)), torch.where(kept, state, after[found.last].to(state.dtype))
 
 
-def refuses(target: Target) -> str | None:
+def refuses(target: Target, **needs: Any) -> str | None:
     """Triton compiles for a GPU; its interpreter (TRITON_INTERPRET=1) runs the same kernels slowly on a CPU."""
-    if target.device in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
-        return "runs on a GPU only"
-    return "has no float64" if target.dtype == torch.float64 else None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return on_gpu(replace(target, device="cuda") if interpreted else target)
 
 
 PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), refuses)

@@ -1,0 +1,57 @@
+"""Attention by flash-attn's CUDA kernels (Dao 2023, arXiv 2307.08691): each document is a sequence of a packed batch.
+
+That serves the tokens of a call among themselves; queries over a cache, with its holes, are PyTorch's.
+"""
+
+from typing import Any
+
+import torch
+from flash_attn import flash_attn_varlen_func
+from torch import Tensor
+
+from ...segments import Segments
+from ..precision import without_autocast
+from ..provider import Provider, Target, on_gpu
+from . import Attending, Logits
+from .torch import cached
+
+
+@without_autocast
+def whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, logits: Logits) -> Tensor:
+    """Tokens of one call among themselves (S = T), each document for itself. Returns [B, T, H, V]."""
+    B, T, H = q.shape[:3]
+    found = segments.documents(B)
+    y = q.new_zeros(B * T, H, v.shape[3])
+    if found.place.numel():
+        bounds, longest = found.bounds.to(torch.int32), int(found.bounds.diff().max())
+        packed = (t.flatten(0, 1)[found.place].contiguous() for t in (q, k, v))
+        slopes = None if logits.slopes is None else logits.slopes.to(q.device, torch.float32)
+        some = flash_attn_varlen_func(
+            *packed,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            softmax_scale=logits.scale,
+            causal=True,
+            window_size=(-1 if window is None else window - 1, 0),
+            softcap=logits.softcap or 0.0,
+            alibi_slopes=slopes,
+        )
+        y = y.index_copy(0, found.place, some)
+    out: Tensor = y.unflatten(0, (B, T))
+    return out
+
+
+def refuses(target: Target, *, head_dim: int, value_dim: int, sinks: bool, **needs: Any) -> str | None:
+    """What the kernels were compiled for."""
+    if target.dtype not in (torch.float16, torch.bfloat16):
+        return f"has float16 and bfloat16, not {str(target.dtype).removeprefix('torch.')}"
+    if sinks:
+        return "has no attention sinks"
+    if head_dim != value_dim or head_dim > 256 or head_dim % 8:
+        return f"takes heads of up to 256 channels, in eights, as many in values; not {head_dim} and {value_dim}"
+    return on_gpu(target)
+
+
+PROVIDER = Provider(Attending(whole, cached), refuses)
