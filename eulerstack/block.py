@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .kernels.provider import Target
 from .layers.channels import ffn_flops, init_ffn, make_ffn
+from .layers.init import draw_normal
 from .layers.moe import MoE, Routing
 from .layers.norm import Norm, make_norm
 from .mixers import Mixer, in_chunks, make_mixer
@@ -28,7 +30,8 @@ class Block(nn.Module):
     def __init__(self, layer: LayerSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width = stack.model.d_model
-        self.layer = layer
+        self.layer, hints = layer, stack.training_hints
+        self.dropout, self.normal = hints.dropout, hints.init == "normal"
         self.mixer: Mixer[LayerState] = make_mixer(layer.mixer, stack, target)
         self.ffn = make_ffn(layer.ffn, width, layer.hidden)
         one_norm = self.ffn is None or layer.residual.type == "parallel"
@@ -40,20 +43,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
         if self._span(x) is not None and not isinstance(self.ffn, MoE):
-            return self.chunkwise(x, self.mixer.init_state(x.shape[0], 0, x.device, x.dtype), segments)[0], None
-        y, _, routing = self._run(x, segments, lambda h: (self.mixer(h, segments), None))
+            state = self.mixer.init_state(x.shape[0], 0, x.device, x.dtype)
+            return self._spans(x, state, segments, None, self._drop)[0], None
+        y, _, routing = self._run(x, segments, lambda h: (self.mixer(h, segments), None), self._drop)
         return y, routing
 
     def parallel(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
-        y, _, routing = self._run(x, segments, lambda h: (self.mixer.parallel(h, segments), None))
+        y, _, routing = self._run(x, segments, lambda h: (self.mixer.parallel(h, segments), None), self._drop)
         return y, routing
 
     def chunkwise(
         self, x: Tensor, state: LayerState, segments: Segments, chunk_size: int | None = None
     ) -> tuple[Tensor, LayerState]:
+        return self._spans(x, state, segments, chunk_size)
+
+    def _spans(
+        self, x: Tensor, state: LayerState, segments: Segments, chunk_size: int | None, drop: float = 0.0
+    ) -> tuple[Tensor, LayerState]:
         def part(x: Tensor, state: LayerState, segments: Segments) -> tuple[Tensor, LayerState]:
             y, after, _ = self._run(
-                x, segments, lambda h: self.mixer.chunkwise(h, state, segments, chunk_size=chunk_size)
+                x, segments, lambda h: self.mixer.chunkwise(h, state, segments, chunk_size=chunk_size), drop
             )
             assert after is not None
             return y, after
@@ -69,7 +78,14 @@ class Block(nn.Module):
         """How many tokens of a long sequence pass through the whole layer before the next ones."""
         return SPAN if self.mixer.chunked and x.shape[1] > SPAN and x.device.type == "cpu" else None
 
-    def _run(self, x: Tensor, segments: Segments, mix: Mix) -> tuple[Tensor, LayerState | None, Routing | None]:
+    @property
+    def _drop(self) -> float:
+        """The share that whole sequences drop of what is added to the residual stream."""
+        return self.dropout if self.training else 0.0
+
+    def _run(
+        self, x: Tensor, segments: Segments, mix: Mix, drop: float = 0.0
+    ) -> tuple[Tensor, LayerState | None, Routing | None]:
         """The layer around any form of its mixer."""
         post, routing = self.layer.norm.position == "post", None
         h = x if post else self.mixer_norm(x)
@@ -77,12 +93,12 @@ class Block(nn.Module):
         if self.layer.residual.type == "parallel":
             more, routing = self._channels(h, segments)
             mixed = mixed if more is None else mixed + more
-        x = self._added(x, mixed, self.mixer_norm, self.mixer_out_norm)
+        x = self._added(x, mixed, self.mixer_norm, self.mixer_out_norm, drop)
         if self.ffn_norm is not None:
             h = x if post else self.ffn_norm(x)
             more, routing = self._channels(h, segments)
             assert more is not None
-            x = self._added(x, more, self.ffn_norm, self.ffn_out_norm)
+            x = self._added(x, more, self.ffn_norm, self.ffn_out_norm, drop)
         return x, state, routing
 
     def _channels(self, h: Tensor, segments: Segments) -> tuple[Tensor | None, Routing | None]:
@@ -92,10 +108,11 @@ class Block(nn.Module):
             return mixed
         return None if self.ffn is None else self.ffn(h), None
 
-    def _added(self, x: Tensor, y: Tensor, norm: Norm, out_norm: Norm | None) -> Tensor:
+    def _added(self, x: Tensor, y: Tensor, norm: Norm, out_norm: Norm | None, drop: float) -> Tensor:
         """The residual stream with y in it; `norm` is the sublayer's own, applied after the sum where it is `post`."""
         scaling = self.layer.residual.scaling
         y = y if out_norm is None else out_norm(y)
+        y = F.dropout(y, drop) if drop else y
         total = x + y if scaling == 1.0 else torch.add(x, y, alpha=scaling)
         return norm(total) if self.layer.norm.position == "post" else total
 
@@ -116,3 +133,5 @@ class Block(nn.Module):
                 norm.reset_parameters()
         if self.ffn is not None:
             init_ffn(self.ffn, out_scale)
+        if self.normal:
+            draw_normal(self, out_scale)

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from .block import Block
 from .kernels.precision import wide
@@ -158,7 +159,9 @@ class Stack(nn.Module):
         blocks = self._all_blocks
         specs = {index: blocks[index].layer.ffn for index in routings}
         moes = {index: ffn.moe for index, ffn in specs.items() if isinstance(ffn, MoEFFNSpec)}
-        balance = [moes[i].load_balance_coef * r.balance for i, r in routings.items()]
+        shared = self.spec.training_hints.router_aux_loss_coef
+        own = {i: shared if moe.load_balance_coef is None else moe.load_balance_coef for i, moe in moes.items()}
+        balance = [own[i] * r.balance for i, r in routings.items()]
         z = [moes[i].z_loss * r.z for i, r in routings.items()]
         return {"load_balance": torch.stack(balance).sum(), "router_z": torch.stack(z).sum()}
 
@@ -216,8 +219,11 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """The residual stream after the last layer, and how each mixture of experts routed."""
         x, routings = self._embedded(tokens), {}
+        again = self.spec.training_hints.checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            x, routing = form(block, x, segments)
+            x, routing = (
+                recomputed(form, block, x, segments, use_reentrant=False) if again else form(block, x, segments)
+            )
             if routing is not None:
                 routings[index] = routing
         return x, routings

@@ -27,7 +27,7 @@ class Attention(CachedAttention[KVState]):
         super().__init__()
         model = stack.model
         self.heads, self.kv_heads, self.window = model.n_heads, model.kv_heads, spec.window
-        self.key_dim = model.d_model // self.heads
+        self.key_dim, self.attn_drop = model.d_model // self.heads, spec.attn_drop
         self.logits = LogitsOf(spec, stack, self.key_dim**-0.5)
         self.measures = self.logits.slopes is not None
         sizes = {"head_dim": self.key_dim, "value_dim": self.key_dim}
@@ -58,7 +58,7 @@ class Attention(CachedAttention[KVState]):
         return q, (k, v)
 
     def _whole(self, q: Tensor, entries: Entries, segments: Segments) -> Tensor:
-        return self._out(self.ops.whole(q, *entries, segments, self.window, self.logits()))
+        return self._out(self.ops.whole(q, *entries, segments, self.window, self.logits(), self._drop))
 
     def _over(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None, step: bool) -> Tensor:
         return self._out(self.ops.cached(q, *entries, visible, distance, self.logits()))

@@ -23,10 +23,16 @@ class CachedAttention(Mixer[R], Generic[R]):
     window: int | None
     o_proj: nn.Linear
     measures: bool = False  # whether logits depend on how far back a key is
+    attn_drop: float = 0.0
 
     @property
     def grows(self) -> bool:  # type: ignore[override]
         return self.window is None
+
+    @property
+    def _drop(self) -> float:
+        """The share of attention weights to drop from a whole sequence."""
+        return self.attn_drop if self.training else 0.0
 
     @abstractmethod
     def _entries(self, x: Tensor, segments: Segments) -> tuple[Tensor, Entries]:

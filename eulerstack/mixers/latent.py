@@ -26,7 +26,7 @@ class LatentAttention(CachedAttention[LatentState]):
         super().__init__()
         model, rotary = stack.model, stack.embedding.positional == "rope"
         assert spec.latent_dim is not None
-        self.heads, self.window = model.n_heads, spec.window
+        self.heads, self.window, self.attn_drop = model.n_heads, spec.window, spec.attn_drop
         self.key_dim, self.latent_dim = model.d_model // self.heads, spec.latent_dim
         self.turned = spec.rotated_width(self.key_dim, rotary)
         self.rope = make_rope(stack.embedding, model.max_seq_len, self.turned) if rotary else None
@@ -54,7 +54,7 @@ class LatentAttention(CachedAttention[LatentState]):
         return q, (self.latent_norm(latent), key)
 
     def _whole(self, q: Tensor, entries: Entries, segments: Segments) -> Tensor:
-        return self._out(self.ops.whole(q, *self._expanded(entries), segments, self.window, self.logits()))
+        return self._out(self.ops.whole(q, *self._expanded(entries), segments, self.window, self.logits(), self._drop))
 
     def _over(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None, step: bool) -> Tensor:
         if step:

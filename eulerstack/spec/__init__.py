@@ -1,5 +1,6 @@
 """The YAML language: what a stack file may say. Imports no torch, and nothing else of ours."""
 
+from .check import idle_hints
 from .errors import Problem, SpecError, SpecWarning
 from .expand import LayerSpec, ahead, expand
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
@@ -26,8 +27,8 @@ from .stack import (
     ModelSpec,
     RopeScalingSpec,
     StackSpec,
-    TrainingHints,
 )
+from .training import GroupSpec, MuonSpec, TrainingHints
 
 __all__ = [
     "AttentionSpec",
@@ -36,6 +37,7 @@ __all__ = [
     "EmbeddingSpec",
     "FFNSpec",
     "GatedMLPSpec",
+    "GroupSpec",
     "HFTokenizer",
     "HeadSpec",
     "HyenaSpec",
@@ -49,6 +51,7 @@ __all__ = [
     "MixerSpec",
     "MoEFFNSpec",
     "ModelSpec",
+    "MuonSpec",
     "NoFFN",
     "NormSpec",
     "OverrideSpec",
@@ -67,6 +70,7 @@ __all__ = [
     "dump",
     "expand",
     "from_data",
+    "idle_hints",
     "load",
     "loads",
     "presets",

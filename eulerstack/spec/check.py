@@ -27,7 +27,7 @@ def refuse(problems: list[Problem]) -> None:
 
 def cross_check(spec: "StackSpec") -> list[Problem]:
     """Every broken rule of a spec whose fields are right one by one."""
-    return [*_widths(spec), *_tokens(spec), *_head(spec), *_schedule(spec), *_templates(spec)]
+    return [*_widths(spec), *_tokens(spec), *_head(spec), *_schedule(spec), *_templates(spec), *_training(spec)]
 
 
 def unused_templates(spec: "StackSpec") -> list[str]:
@@ -240,3 +240,39 @@ def _state(template: "LayerTemplate", key: str) -> Iterator[Problem]:
         if getattr(template.state, name) is not None and name not in kept:
             message = f"a {template.mixer.type} mixer has no {name}"
             yield _problem(f"{key}.state.{name}", message, f"remove it, or write {min(kept)}")
+
+
+def _training(spec: "StackSpec") -> Iterator[Problem]:
+    hints, key = spec.training_hints, "training_hints"
+    for name, (why, fix) in idle_hints(spec, hints.optimizer, hints.schedule).items():
+        if name in hints.model_fields_set:
+            yield _problem(f"{key}.{name}", f"{why}, so it would do nothing", fix)
+    for i, group in enumerate(hints.optimizer_groups):
+        if not group.model_fields_set & {"lr_multiplier", "weight_decay"}:
+            message = f"{group.match!r} gets neither lr_multiplier nor weight_decay"
+            yield _problem(f"{key}.optimizer_groups.{i}", message, "give one of them, or remove the entry")
+    rising, falling = hints.warmup_steps_ratio, hints.decay_steps_ratio
+    if hints.schedule == "wsd" and rising + falling > 1:
+        message = f"{falling:g} of the steps decay after {rising:g} of them warm up: more than there are"
+        yield _problem(f"{key}.decay_steps_ratio", message, f"write {1 - rising:g} or less")
+
+
+def idle_hints(spec: "StackSpec", optimizer: str, schedule: str) -> dict[str, tuple[str, str]]:
+    """Training hints without an effect in this stack, with this optimizer and schedule: why, and what to do."""
+    ffns = [template.ffn for template in spec.layer_templates.values()]
+    moes = [ffn.moe for ffn in ffns if isinstance(ffn, MoEFFNSpec)]
+    idle = {}
+    if optimizer == "adamw":
+        idle["muon"] = "the optimizer is adamw", "remove it, or write optimizer: hybrid (or muon)"
+    if schedule != "wsd":
+        idle["decay_steps_ratio"] = f"it is the schedule wsd's, not {schedule}'s", "remove it, or write schedule: wsd"
+    if schedule == "constant":
+        idle["lr_floor_ratio"] = "a constant learning rate falls to no floor", "remove it, or write another schedule"
+    if not moes:
+        idle["router_lr_multiplier"] = "no template has a mixture of experts", "remove it, or write ffn: {type: moe}"
+    if all(moe.load_balance_coef is not None for moe in moes):
+        whose = (
+            "each mixture of experts has its own load_balance_coef" if moes else "no template has a mixture of experts"
+        )
+        idle["router_aux_loss_coef"] = whose, "remove it"
+    return idle

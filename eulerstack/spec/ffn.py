@@ -53,8 +53,8 @@ class MoESpec(Block):
     """softmax weighs the chosen experts by a softmax over their logits, sigmoid by sigmoids that sum to one."""
     shared_experts: Annotated[int, Field(ge=0, le=64)] = 0
     """Experts that serve every token."""
-    load_balance_coef: Annotated[float, Field(ge=0, le=100)] = 0.01
-    """Weight of the load-balancing loss."""
+    load_balance_coef: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Weight of the load-balancing loss; training_hints.router_aux_loss_coef by default."""
     z_loss: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Weight of the loss on the router's logits."""
     bias_correction: BiasCorrectionSpec | None = None

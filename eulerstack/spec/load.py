@@ -10,20 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from . import refused
-from .check import turns, unused_templates
+from .check import idle_hints, turns, unused_templates
 from .errors import Problem, SpecError, SpecWarning
 from .let import fill
 from .stack import StackSpec
 from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
-
-_LATER = {
-    "attn_drop": "attention dropout",
-    "init": "initialisation schemes", "dropout": "dropout", "checkpointing": "activation checkpointing",
-    "router_aux_loss_coef": "a coefficient for all routers; ffn.moe.load_balance_coef is each layer's",
-    "router_lr_multiplier": "learning rates of routers",
-    "optimizer": "other optimizers", "optimizer_groups": "optimizer groups", "muon": "Muon",
-}  # fmt: skip
-"""Keys of the v1 language that are still to come."""
 
 PRESET_DIRS = (FilePath(__file__).parents[1] / "presets", FilePath(__file__).parents[2] / "presets")
 """Where the shipped presets are: in the wheel, and in a checkout."""
@@ -60,10 +51,19 @@ _Dumper.add_representer(str, _text)
 
 
 def with_hints(spec: StackSpec, changes: dict[str, Any]) -> StackSpec:
-    """The spec with some training_hints replaced; raises SpecError for values they may not have."""
+    """The spec with some training_hints replaced, keys of `muon` one by one; what they leave without an effect goes.
+
+    Raises SpecError for values they may not have.
+    """
+    if not changes:
+        return spec
     data = _data(spec)
-    data["training_hints"] |= changes
-    return from_data(data) if changes else spec
+    hints: dict[str, Any] = {**data["training_hints"], **changes}
+    if isinstance(changes.get("muon"), dict):
+        hints["muon"] = {**data["training_hints"].get("muon", {}), **changes["muon"]}
+    idle = idle_hints(spec, hints["optimizer"], hints["schedule"])
+    data["training_hints"] = {key: value for key, value in hints.items() if key in changes or key not in idle}
+    return from_data(data)
 
 
 def _validated(document: Document, source: str) -> StackSpec:
@@ -120,7 +120,10 @@ def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
 def _data(spec: StackSpec) -> dict[str, Any]:
     """The spec as plain data in the shape of a stack file, all defaults written out that a file may say."""
     data = spec.model_dump(mode="json", exclude_none=True)
+    hints = spec.training_hints
     data["training_hints"].setdefault("grad_clip", None)  # None means no clipping, which is not the default
+    for key in idle_hints(spec, hints.optimizer, hints.schedule):
+        del data["training_hints"][key]  # a file that says what has no effect is refused
     if not turns(spec):
         del data["embedding"]["rope_theta"]  # a file that says it where nothing turns is refused
     return data
@@ -271,8 +274,6 @@ def _unknown_key(name: str, path: Path) -> tuple[str, str]:
         return "is no key of its own", "write experimental.KEY, future.KEY or vendor.NAME.KEY"
     if name in refused.KEYS:
         return refused.KEYS[name]
-    if name in _LATER:
-        return f"is part of the v1 language but not supported yet ({_LATER[name]})", "remove it"
     known = [key for key in _siblings(path) if key != name]
     near = difflib.get_close_matches(name, known, 1)
     fix = f"did you mean {near[0]!r}?" if near else f"remove it; the keys here are {', '.join(known)}"

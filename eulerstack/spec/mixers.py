@@ -34,6 +34,8 @@ class AttentionSpec(Block):
     """c in c * tanh(logits / c), before the softmax."""
     attention_sinks: SinksSpec | None = None
     """Logits in the softmax that take weight and give nothing."""
+    attn_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of attention weights that training drops."""
     latent_dim: Positive | None = None
     """Width of the latent that the cache of multi-head latent attention holds."""
     rope_head_dim: Positive | None = None

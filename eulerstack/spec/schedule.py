@@ -34,6 +34,8 @@ class AttentionOverride(_Given):
 
     window: Positive | None = None
     """How many tokens a query sees; null: all."""
+    attn_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of attention weights that training drops."""
 
 
 class NormOverride(_Given):

@@ -9,10 +9,9 @@ from .check import cross_check, refuse
 from .layer import LayerTemplate
 from .mixers import Positive
 from .schedule import Entry
+from .training import TrainingHints
 
 Width = Annotated[int, Field(ge=1, le=1 << 17)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSpec(Block):
@@ -114,25 +113,6 @@ class HeadSpec(Block):
     """c in c * tanh(logits / c)."""
     mtp: MultiTokenSpec | None = None
     """The modules of causal_lm_mtp."""
-
-
-class TrainingHints(Block):
-    """Defaults of `fit`; the command line overrides each."""
-
-    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
-    """Of the weights and the shuffling."""
-    lr_peak: Annotated[float, Field(gt=0, le=10)] = 3e-3
-    """Learning rate after warm-up."""
-    lr_floor_ratio: Fraction = 0.1
-    """The last learning rate, as a share of lr_peak."""
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
-    """AdamW's."""
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
-    """AdamW's, on matrices and embeddings only."""
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest gradient norm; null clips nothing."""
-    warmup_steps_ratio: Fraction = 0.05
-    """Share of the steps that warm up."""
 
 
 class StackSpec(Block):

@@ -15,6 +15,7 @@ from ..spec import load
 from .callbacks import Export
 from .data import TextData
 from .module import StackModule
+from .settings import table
 
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
@@ -41,6 +42,13 @@ class StackCLI(LightningCLI):
         if given is False:
             spec = load(self._get(self.config, "model")["spec"])
             L.seed_everything(spec.training_hints.seed, workers=True)
+
+    def before_fit(self) -> None:
+        """Print what the run trains with."""
+        assert isinstance(self.model, StackModule)
+        options = {"seed": self._get(self.config, "seed_everything"), "grad_clip": self.trainer.gradient_clip_val}
+        given = {key: value for key, value in options.items() if value is not None and value is not False}
+        print(table(self.model.written, self.model.spec, self.model.changes, given))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")

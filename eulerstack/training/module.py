@@ -13,9 +13,9 @@ from torch import Tensor
 from ..checkpoint import check_checkpoint, load_weights
 from ..model import Stack, build
 from ..segments import IGNORED
-from ..spec import StackSpec, dump, load, loads, with_hints
+from ..spec import StackSpec, TrainingHints, dump, load, loads, with_hints
 from .data import Batch, TextData
-from .optim import adamw, warmup_cosine
+from .optim import check_groups, make_optimizer, make_schedule
 
 
 class StackModule(L.LightningModule):
@@ -23,43 +23,63 @@ class StackModule(L.LightningModule):
 
     Args:
         spec: a YAML file, a preset's name, a StackSpec, or a checkpoint directory, whose weights are loaded.
-        lr_peak: learning rate after warm-up. This and the next five are the spec's training_hints unless given.
-        lr_floor_ratio: the last learning rate, as a share of lr_peak.
+        init: `mixer` draws each mixer's weights as its paper does, `normal` linear weights from N(0, 0.02). This and
+            all below but `kernels` are the spec's training_hints unless given.
+        dropout: share of what each sublayer adds to the residual stream.
+        checkpointing: compute each layer again in the backward, for less memory.
+        router_aux_loss_coef: load_balance_coef of each mixture of experts without its own.
+        optimizer: `adamw`, `hybrid` (Muon for the hidden matrices) or `muon` (for every matrix).
+        lr_peak: AdamW's learning rate after warm-up.
         betas: AdamW's.
         weight_decay: AdamW's, on matrices and embeddings only.
+        muon: Muon's lr, momentum, nesterov, ns_steps and weight_decay.
+        router_lr_multiplier: on the learning rate of routers.
+        optimizer_groups: a list of {match, lr_multiplier, weight_decay}; `match` is a glob over parameters' names.
         grad_clip: largest gradient norm; 0 for none. The Trainer's gradient_clip_val wins.
+        schedule: `cosine`, `linear`, `constant` or `wsd`.
         warmup_steps_ratio: share of the steps that warm up.
+        lr_floor_ratio: the last learning rate, as a share of the peak.
+        decay_steps_ratio: share of the steps that decay in `wsd`.
         kernels: provider of the mixers' kernels.
+
+    Raises SpecError for values that the language refuses, and ValueError for groups that match nothing.
     """
 
     def __init__(
         self,
         spec: str | Path | StackSpec,
+        init: str | None = None,
+        dropout: float | None = None,
+        checkpointing: bool | None = None,
+        router_aux_loss_coef: float | None = None,
+        optimizer: str | None = None,
         lr_peak: float | None = None,
-        lr_floor_ratio: float | None = None,
         betas: tuple[float, float] | None = None,
         weight_decay: float | None = None,
+        muon: dict[str, Any] | None = None,
+        router_lr_multiplier: float | None = None,
+        optimizer_groups: list[dict[str, Any]] | None = None,
         grad_clip: float | None = None,
+        schedule: str | None = None,
         warmup_steps_ratio: float | None = None,
+        lr_floor_ratio: float | None = None,
+        decay_steps_ratio: float | None = None,
         kernels: str = "auto",
     ) -> None:
+        given = {key: value for key, value in locals().items() if key in TrainingHints.model_fields}
         super().__init__()
-        given = {
-            "lr_peak": lr_peak,
-            "lr_floor_ratio": lr_floor_ratio,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "warmup_steps_ratio": warmup_steps_ratio,
-        }
-        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        if grad_clip is not None:
-            changes["grad_clip"] = grad_clip or None
-        spec, self.weights = _spec_and_weights(spec)
-        self.spec = with_hints(spec, changes)
+        self.changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        if grad_clip == 0:
+            self.changes["grad_clip"] = None
+        self.written, self.weights = _spec_and_weights(spec)
+        self.spec = with_hints(self.written, self.changes)
         self.kernels = kernels
         self._built: Stack | None = None
         self._clock: float | None = None
         self._loads: dict[int, Tensor] = {}
+        if groups := self.spec.training_hints.optimizer_groups:
+            names = [name for name, _ in build(self.spec, "meta", kernels=kernels).named_parameters()]
+            check_groups(names, groups)
 
     @property
     def model(self) -> Stack:
@@ -141,8 +161,8 @@ class StackModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hints = self.spec.training_hints
-        optimizer = adamw(self.model.named_parameters(), hints.lr_peak, hints.betas, hints.weight_decay)
-        schedule = warmup_cosine(optimizer, self._steps(), hints.warmup_steps_ratio, hints.lr_floor_ratio)
+        optimizer = make_optimizer(self.model.named_parameters(), hints)
+        schedule = make_schedule(optimizer, self._steps(), hints)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

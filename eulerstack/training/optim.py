@@ -1,13 +1,20 @@
-"""AdamW with weight decay by name, and a learning rate that warms up and falls along a cosine."""
+"""The optimizer and the schedule of a stack's training hints."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..spec import GroupSpec, TrainingHints
+
 UNDECAYED = ("bias", "A_log", "D", "dt_bias", "gamma", "sinks", "decay", "bonus", "mix_k", "mix_v", "mix_r")
+ROUTER = "router_proj.weight"
+
+Named = list[tuple[str, nn.Parameter]]
 
 
 def decays(name: str) -> bool:
@@ -16,26 +23,114 @@ def decays(name: str) -> bool:
     return last not in UNDECAYED and not any(owner.endswith("norm") for owner in owners)
 
 
-def adamw(
-    named: Iterable[tuple[str, nn.Parameter]], lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """Two groups: what decays, and what does not."""
-    parameters = list(named)
-    groups = [
-        {"params": [p for name, p in parameters if decays(name)], "weight_decay": weight_decay},
-        {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+class Recipe(NamedTuple):
+    """How one parameter is trained; those with the same recipe are one group of the optimizer."""
+
+    muon: bool
+    lr: float
+    weight_decay: float
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: float, floor: float) -> LambdaLR:
-    """From 0 to the peak over `warmup` * steps, then along half a cosine to `floor` * peak."""
-    rising = max(1, round(warmup * steps))
+class MuonAndAdamW(torch.optim.Optimizer):
+    """One optimizer of two: the groups and the state belong to both this one and the part that steps them."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.parts = (muon, adamw)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        first = len(self.parts[0].param_groups)
+        self.parts[0].param_groups, self.parts[1].param_groups = self.param_groups[:first], self.param_groups[first:]
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Both parts' step; `closure` computes the loss and its gradients."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], hints: TrainingHints) -> torch.optim.Optimizer:
+    """AdamW, or AdamW and Muon, over groups of parameters with the same recipe."""
+    kept: dict[Recipe, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        kept.setdefault(recipe_of(name, parameter, hints), []).append(parameter)
+    adamw = torch.optim.AdamW(_groups(kept, muon=False), betas=hints.betas)
+    if hints.optimizer == "adamw":
+        return adamw
+    settings = hints.muon.model_dump(include={"momentum", "nesterov", "ns_steps"})
+    return MuonAndAdamW(torch.optim.Muon(_groups(kept, muon=True), **settings), adamw)
+
+
+def _groups(kept: dict[Recipe, list[nn.Parameter]], muon: bool) -> list[dict[str, Any]]:
+    chosen = {recipe: params for recipe, params in kept.items() if recipe.muon == muon}
+    return [{"params": params, "lr": r.lr, "weight_decay": r.weight_decay} for r, params in chosen.items()]
+
+
+def recipe_of(name: str, parameter: nn.Parameter, hints: TrainingHints) -> Recipe:
+    """By the optimizer, then the first group whose glob matches; a router's learning rate by its multiplier as well."""
+    muon = to_muon(name, parameter.dim(), hints.optimizer)
+    lr, decay = (hints.muon.lr, hints.muon.weight_decay) if muon else (hints.lr_peak, hints.weight_decay)
+    group = next((g for g in hints.optimizer_groups if fnmatchcase(name, g.match)), None)
+    if group is not None:
+        lr, decay = lr * group.lr_multiplier, decay if group.weight_decay is None else group.weight_decay
+    if name.endswith(ROUTER):
+        lr *= hints.router_lr_multiplier
+    return Recipe(muon, lr, decay if decays(name) else 0.0)
+
+
+def to_muon(name: str, dims: int, optimizer: str) -> bool:
+    """Whether Muon trains a parameter: `muon` every 2-D weight, `hybrid` the layers' projections but routers."""
+    if dims != 2 or optimizer == "adamw":
+        return False
+    if optimizer == "muon":
+        return name.endswith(".weight")
+    return name.endswith("_proj.weight") and not name.endswith(ROUTER)
+
+
+def check_groups(names: list[str], groups: tuple[GroupSpec, ...]) -> None:
+    """Raises ValueError for a group that changes no parameter."""
+    left = names
+    for i, group in enumerate(groups):
+        won = [name for name in left if fnmatchcase(name, group.match)]
+        left = [name for name in left if not fnmatchcase(name, group.match)]
+        where = f"training_hints.optimizer_groups.{i}.match = {group.match!r}"
+        if not won and any(fnmatchcase(name, group.match) for name in names):
+            raise ValueError(f"{where}: an entry before it has all the parameters it matches; put it first")
+        if not won:
+            shown = ", ".join(names[:: max(1, len(names) // 5)][:6])
+            raise ValueError(f"{where} matches no parameter; some names are {shown}")
+        if group.weight_decay is not None and not any(decays(name) for name in won):
+            raise ValueError(f"{where} has a weight_decay, but matches only norms, biases and decays, which have none")
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, steps: int, hints: TrainingHints) -> LambdaLR:
+    """From 0 to each peak over the warm-up, then by `hints.schedule` down to the floor's share of it."""
+    rising, floor = max(1, round(hints.warmup_steps_ratio * steps)), hints.lr_floor_ratio
+    start, fall = rising, FALLS[hints.schedule]
+    if hints.schedule == "wsd":
+        start = max(rising, steps - round(hints.decay_steps_ratio * steps))
 
     def factor(step: int) -> float:
         if step < rising:
             return (step + 1) / rising
-        through = min(1.0, (step - rising) / max(1, steps - rising))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * through))
+        through = min(1.0, max(0, step - start) / max(1, steps - start))
+        return floor + (1 - floor) * fall(through)
 
     return LambdaLR(optimizer, factor)
+
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda through: 0.5 * (1 + math.cos(math.pi * through)),
+    "linear": lambda through: 1 - through,
+    "wsd": lambda through: 1 - through,
+    "constant": lambda through: 1.0,
+}
+"""What is left of the learning rate above its floor, by the share of the fall that is through."""

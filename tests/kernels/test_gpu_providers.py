@@ -86,12 +86,13 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | 
 
 
 def flash_attn_varlen_func(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, *,
-    softmax_scale: float, causal: bool, window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int,
+    dropout_p: float, *, softmax_scale: float, causal: bool, window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Sequence by sequence; a window (left, 0) sees `left` tokens before a query, -1 all of them."""
     assert q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype and causal
     assert cu_q.dtype == cu_k.dtype == torch.int32 and q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    assert dropout_p == 0
     assert alibi_slopes is None or alibi_slopes.dtype == torch.float32
     outs = []
     for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):

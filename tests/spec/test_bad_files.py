@@ -32,7 +32,6 @@ BAD: dict[str, tuple[str, str, str]] = {
     "unknown mixer": ("type: attention", "type: atention", "mixer.type: 'atention' is not one of"),
     "two mixers": ("{type: attention}", "{type: attention, mamba: {}}", "mixer.mamba: is not a key"),
     "v1 mixer not here yet": ("{type: attention}", "{type: ttt_layer}", "'ttt_layer' is not supported; a retnet"),
-    "v1 key not here yet": ("{type: attention}", "{type: attention, attention: {attn_drop: 0.1}}", "attn_drop: is part of the v1 language"),
     "h3": ("{type: attention}", "{type: h3}", "mixer.type: 'h3' is not one of the mixers"),
     "dilated windows": ("{type: attention}", "{type: attention, attention: {window_dilation: 2}}", "window_dilation: is not supported (dilated windows)"),
     "sliding over nothing": ("{type: attention}", "{type: attention, attention: {window_mode: sliding}}", "attention.window_mode: sliding needs a window"),

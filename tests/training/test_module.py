@@ -1,6 +1,5 @@
 """StackModule in a plain Trainer: what decays, what clips, what a run leaves."""
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 import eulerstack as es
 from eulerstack.training.callbacks import draw_loss
-from eulerstack.training.optim import decays, warmup_cosine
+from eulerstack.training.optim import decays
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -49,20 +48,6 @@ def test_decay_is_by_name() -> None:
     kept = {"scan.A_log", "scan.D", "scan.dt_bias", "x_conv.bias", "B_conv.bias", "C_conv.bias"}
     assert {name for name in bare if "norm" not in name} == kept
     assert all(decays(n) for n, p in model.named_parameters() if n.endswith("proj.weight") or n == "embedding.weight")
-
-
-def test_warm_up_and_cosine() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = warmup_cosine(optimizer, 100, 0.1, 0.25)
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[10] == max(rates) == pytest.approx(2.0)
-    assert rates[55] == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 2)), rel=1e-6)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
 def test_plain_trainer_learns(stack_file: Path, corpus: Path, tmp_path: Path) -> None:

@@ -17,8 +17,13 @@ from .torch import cached
 
 
 @without_autocast
-def whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, logits: Logits) -> Tensor:
-    """Tokens of one call among themselves (S = T), each document for itself. Returns [B, T, H, V]."""
+def whole(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, logits: Logits, drop: float = 0.0
+) -> Tensor:
+    """Tokens of one call among themselves (S = T), each document for itself. Returns [B, T, H, V].
+
+    drop: the share of weights that are dropped, and the others scaled up.
+    """
     B, T, H = q.shape[:3]
     found = segments.documents(B)
     y = q.new_zeros(B * T, H, v.shape[3])
@@ -32,6 +37,7 @@ def whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | Non
             bounds,
             longest,
             longest,
+            drop,
             softmax_scale=logits.scale,
             causal=True,
             window_size=(-1 if window is None else window - 1, 0),

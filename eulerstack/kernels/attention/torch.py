@@ -5,7 +5,7 @@ A soft-cap is beyond it: such logits are computed in the open, in at least float
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
 from ...segments import Segments
 from ..precision import wide, without_autocast
@@ -13,17 +13,24 @@ from ..provider import Provider, anywhere
 from . import Attending, Logits
 
 
-def whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, logits: Logits) -> Tensor:
-    """Tokens of one call among themselves (S = T), each document for itself. Returns [B, T, H, V]."""
+def whole(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None, logits: Logits, drop: float = 0.0
+) -> Tensor:
+    """Tokens of one call among themselves (S = T), each document for itself. Returns [B, T, H, V].
+
+    drop: the share of weights that are dropped, and the others scaled up.
+    """
     tokens = q.shape[1]
     if segments.plain and (window is None or window >= tokens) and logits.slopes is None and logits.sinks is None:
-        return _uncapped(q, k, v, None, logits) if logits.softcap is None else _capped(q, k, v, None, logits)
+        return _attended(q, k, v, None, logits, drop)
     visible = segments.among(window)
     distance = None if logits.slopes is None else segments.apart
-    return cached(q, k, v, visible, distance, logits)
+    return cached(q, k, v, visible, distance, logits, drop)
 
 
-def cached(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, distance: Tensor | None, logits: Logits) -> Tensor:
+def cached(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, distance: Tensor | None, logits: Logits, drop: float = 0.0
+) -> Tensor:
     """Any keys; visible and distance (used with slopes) are [B or 1, T, S]. Returns [B, T, H, V].
 
     A query that sees nothing returns zeros.
@@ -32,7 +39,12 @@ def cached(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, distance: Tensor | 
     if logits.sinks is not None:
         more = logits.sinks.shape[1]
         k, v = pad(k, (0, 0, 0, 0, 0, more)), pad(v, (0, 0, 0, 0, 0, more))
-    return _uncapped(q, k, v, bias, logits) if logits.softcap is None else _capped(q, k, v, bias, logits)
+    return _attended(q, k, v, bias, logits, drop)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits, drop: float) -> Tensor:
+    attend = _uncapped if logits.softcap is None else _capped
+    return attend(q, k, v, bias, logits, drop)
 
 
 def _bias(visible: Tensor, distance: Tensor | None, logits: Logits, q: Tensor) -> Tensor:
@@ -50,7 +62,7 @@ def _bias(visible: Tensor, distance: Tensor | None, logits: Logits, q: Tensor) -
     return bias
 
 
-def _uncapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits) -> Tensor:
+def _uncapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits, drop: float) -> Tensor:
     """Where something is added to the logits, q, k and v take its dtype: 16 bits are too few for far distances."""
     dtype = q.dtype if bias is None or bias.dtype == torch.bool else bias.dtype
     queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
@@ -59,6 +71,7 @@ def _uncapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logi
         keys,
         values,
         attn_mask=bias,
+        dropout_p=drop,
         is_causal=bias is None,
         scale=logits.scale,
         enable_gqa=q.shape[2] != k.shape[2],
@@ -67,7 +80,7 @@ def _uncapped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logi
 
 
 @without_autocast
-def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits, drop: float) -> Tensor:
     """cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118), all of them at once."""
     assert logits.softcap is not None
     dtype, shared = wide(q.dtype), q.shape[2] // k.shape[2]
@@ -79,6 +92,8 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits
     scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
     unseen = scores.amax(-1, keepdim=True) == -torch.inf
     weights = scores.masked_fill(unseen, 0).softmax(-1).masked_fill(unseen, 0)
+    if drop:
+        weights = dropout(weights, drop)
     return (weights @ values).to(q.dtype).transpose(1, 2)
 
 
