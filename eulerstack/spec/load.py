@@ -33,9 +33,9 @@ def loads(text: str, source: str = "spec") -> StackSpec:
     return _validated(parse(text, source), source)
 
 
-def from_data(data: dict[str, Any]) -> StackSpec:
-    """The spec of plain Python data in the shape of a stack file."""
-    return _validated(Document(data), "spec")
+def from_data(data: dict[str, Any], source: str = "spec") -> StackSpec:
+    """The spec of plain Python data in the shape of a stack file; `source` is what the messages call it."""
+    return _validated(Document(data), source)
 
 
 class _Dumper(yaml.SafeDumper):

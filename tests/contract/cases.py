@@ -93,7 +93,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 def make(name: str, dtype: torch.dtype, seed: int = 0) -> Mixer[Any]:
     """The mixer of a case."""
     widths = {"d_model": WIDTH, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256}
-    return built(*MIXERS[name], {**widths, "embedding": EMBEDDINGS.get(name)}, KERNELS.get(name, "auto"), dtype, seed)
+    return built(
+        *MIXERS[name], {**widths, "embedding": EMBEDDINGS.get(name, {})}, KERNELS.get(name, "auto"), dtype, seed
+    )
 
 
 def built(
