@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .inference.generate import generate
     from .model import Stack, build
     from .segments import Segments
-    from .spec import SpecError, StackSpec, dump, expand, load, loads, presets
+    from .spec import ExtensionSpec, SpecError, StackSpec, dump, expand, load, loads, presets, register
     from .state import StackState
     from .tokens import tokenizer_of
     from .training.data import TextData
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Estimate": "costs",
+    "ExtensionSpec": "spec",
     "Segments": "segments",
     "SpecError": "spec",
     "Stack": "model",
@@ -40,12 +41,14 @@ _HOMES = {
     "load_checkpoint": "checkpoint",
     "loads": "spec",
     "presets": "spec",
+    "register": "spec",
     "save_checkpoint": "checkpoint",
     "tokenizer_of": "tokens",
 }
 
 __all__ = [
     "Estimate",
+    "ExtensionSpec",
     "Segments",
     "SpecError",
     "Stack",
@@ -63,6 +66,7 @@ __all__ = [
     "load_checkpoint",
     "loads",
     "presets",
+    "register",
     "save_checkpoint",
     "tokenizer_of",
 ]

@@ -29,7 +29,7 @@ def save_checkpoint(model: Stack, folder: str | Path, tokenizer: Tokenizer | Non
         save_file(weights, str(work / "model.safetensors"))
         if tokenizer is not None:
             tokenizer.save(work)
-        (work / _HEADER).write_text(json.dumps({"format": FORMAT}) + "\n")
+        (work / _HEADER).write_text(json.dumps({"format": FORMAT, "extensions": model.spec.extensions}) + "\n")
         work.chmod(0o755)
         _replace(folder, work)
     finally:

@@ -121,11 +121,12 @@ def show_(name: str) -> None:
 
 
 @cli.command()
-def schema() -> None:
+@click.option("--extensions", is_flag=True, help="With the mixers that installed packages bring.")
+def schema(extensions: bool) -> None:
     """Print the language's JSON Schema, for editors."""
     from ..spec import schema as written
 
-    print(written(), end="")
+    print(written(extensions), end="")
 
 
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

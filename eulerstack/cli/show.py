@@ -12,8 +12,6 @@ from ..costs import Estimate, LayerCost
 from ..costs import estimate as count
 from ..spec import BranchedSpec, LayerSpec, MixerSpec, MoEFFNSpec, NoFFN, StackSpec, load
 
-KINDS = ("KV", "latent", "history", "retention", "SSM", "WKV", "conv")
-
 
 def explain(file: str) -> None:
     """The stack as a tree: equal neighbours drawn once, with what each layer costs."""
@@ -36,9 +34,8 @@ def estimate(file: str, batch: int, tokens: int | None) -> None:
     flops = batch * cost.flops(tokens)
     table.add_row("forward FLOPs", f"{flops:,}", _short(flops))
     state = cost.state_bytes(batch, tokens)
-    for kind in (*KINDS, "total"):
-        if kind in state:
-            table.add_row(f"state bytes, {kind}", f"{state[kind]:,}", _bytes(state[kind]))
+    for kind, size in state.items():
+        table.add_row(f"state bytes, {kind}", f"{size:,}", _bytes(size))
     Console().print(table)
 
 
@@ -60,7 +57,7 @@ def _tree(spec: StackSpec, cost: Estimate) -> Tree:
         what = f"{mtp.n_predict} x {mtp.head_layers} {mtp.head_template} for tokens further ahead"
         tree.add(escape(f"{what}, in training only: their mean loss counts {mtp.train_loss_weight:g}"))
     state = cost.state_bytes(1, model.max_seq_len)
-    kinds = ", ".join(f"{kind} {_bytes(state[kind])}" for kind in KINDS if kind in state)
+    kinds = ", ".join(f"{kind} {_bytes(size)}" for kind, size in state.items() if kind != "total")
     tree.add(f"state of one row at {model.max_seq_len:,} tokens: {_bytes(state['total'])} ({kinds})")
     return tree
 

@@ -1,12 +1,14 @@
 """The sequence mixers, and which spec names which: a new mixer is one file, one spec class and one line here."""
 
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 from ..kernels.provider import Target
 from ..spec import (
     AttentionSpec,
     BranchedSpec,
+    ExtensionSpec,
     HyenaSpec,
     LinearAttentionSpec,
     Mamba1Spec,
@@ -17,7 +19,7 @@ from ..spec import (
     StackSpec,
 )
 from .attention import Attention
-from .base import Mixer, in_chunks
+from .base import Mixer, check_one_token, continued, in_chunks, placed
 from .branched import Branched
 from .hyena import Hyena
 from .latent import LatentAttention
@@ -51,7 +53,23 @@ MIXERS: dict[type[MixerSpec], Callable[..., Mixer[Any]]] = {
 
 def make_mixer(spec: MixerSpec, stack: StackSpec, target: Target = Target()) -> Mixer[Any]:
     """The mixer a spec names, for the widths of its stack."""
-    return MIXERS[type(spec)](spec, stack, target)
+    make = extension(type(spec)) if isinstance(spec, ExtensionSpec) else MIXERS[type(spec)]
+    return make(spec, stack, target)
+
+
+def extension(spec: type[ExtensionSpec]) -> type[Mixer[Any]]:
+    """The mixer that another package's spec names. Raises ValueError where there is none."""
+    found = spec.MIXER
+    if isinstance(found, str):
+        try:
+            found = resolve_name(found)
+        except Exception as error:  # whatever another package's code may raise
+            raise ValueError(
+                f"{spec.__module__}.{spec.__name__}.MIXER = {found!r} does not load: {type(error).__name__}: {error}"
+            ) from error
+    if not (isinstance(found, type) and issubclass(found, Mixer)):
+        raise ValueError(f"{spec.__name__}.MIXER is {found!r}; name a subclass of eulerstack.mixers.Mixer")
+    return found
 
 
 __all__ = [
@@ -66,6 +84,10 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "Retention",
+    "check_one_token",
+    "continued",
+    "extension",
     "in_chunks",
     "make_mixer",
+    "placed",
 ]

@@ -3,6 +3,7 @@
 from .check import idle_hints
 from .errors import Problem, SpecError, SpecWarning
 from .expand import LayerSpec, ahead, expand
+from .extensions import ExtensionSpec, register
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
 from .json_schema import schema
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
@@ -35,6 +36,7 @@ __all__ = [
     "BranchedSpec",
     "ByteTokenizer",
     "EmbeddingSpec",
+    "ExtensionSpec",
     "FFNSpec",
     "GatedMLPSpec",
     "GroupSpec",
@@ -74,6 +76,7 @@ __all__ = [
     "load",
     "loads",
     "presets",
+    "register",
     "schema",
     "with_hints",
 ]

@@ -2,11 +2,13 @@
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from pydantic_core import PydanticCustomError
 
 from .errors import Problem
+from .extensions import ExtensionMixer
 from .ffn import MoEFFNSpec, NoFFN
 from .mixers import AttentionMixer, AttentionSpec, Mamba2Spec, MambaMixer, Plain, RetNetMixer, side_by_side
 from .schedule import Placed, uses
@@ -108,7 +110,7 @@ def _uses(spec: "StackSpec") -> Iterator[Placed]:
         yield from uses(entry, f"layer_schedule.{i}")
 
 
-def _mixers(spec: "StackSpec") -> list[Plain]:
+def _mixers(spec: "StackSpec") -> list[Plain | ExtensionMixer]:
     """Every mixer that a template names."""
     return [m for template in spec.layer_templates.values() for m in side_by_side(template.mixer).values()]
 
@@ -169,7 +171,7 @@ def _templates(spec: "StackSpec") -> Iterator[Problem]:
         yield from _state(template, key)
 
 
-def _mixer(spec: "StackSpec", mixer: Plain, key: str) -> Iterator[Problem]:
+def _mixer(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
     width, heads = spec.model.d_model, spec.model.n_heads
     head_dim = width // heads
     rope = spec.embedding.positional == "rope"
@@ -189,6 +191,9 @@ def _mixer(spec: "StackSpec", mixer: Plain, key: str) -> Iterator[Problem]:
             yield _problem(f"{key}.retnet.value_expand", message, fix)
     if isinstance(mixer, MambaMixer) and isinstance(mixer.mamba, Mamba2Spec):
         yield from _mamba(mixer.mamba, width, f"{key}.mamba")
+    if isinstance(mixer, ExtensionMixer):
+        for problem in mixer.spec.problems(spec):
+            yield replace(problem, key=f"{key}.{mixer.type}.{problem.key}", category="Compatibility")
 
 
 def _window(attention: AttentionSpec, key: str) -> Iterator[Problem]:
@@ -235,11 +240,18 @@ def _ffn(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Pro
 
 def _state(template: "LayerTemplate", key: str) -> Iterator[Problem]:
     mixers = side_by_side(template.mixer).values()
-    kept = {"ssm_state" if mixer.type in ("mamba", "rwkv") else "kv_cache" for mixer in mixers}
+    kept = {name for mixer in mixers for name in _keeps(mixer)}
     for name in ("kv_cache", "ssm_state"):
         if getattr(template.state, name) is not None and name not in kept:
             message = f"a {template.mixer.type} mixer has no {name}"
             yield _problem(f"{key}.state.{name}", message, f"remove it, or write {min(kept)}")
+
+
+def _keeps(mixer: "Plain | ExtensionMixer") -> tuple[str, ...]:
+    """The words for what a mixer keeps; an extension may use either."""
+    if isinstance(mixer, ExtensionMixer):
+        return "kv_cache", "ssm_state"
+    return ("ssm_state",) if mixer.type in ("mamba", "rwkv") else ("kv_cache",)
 
 
 def _training(spec: "StackSpec") -> Iterator[Problem]:

@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 from .base import Block
+from .extensions import extended, installed
 from .stack import StackSpec
 
 EXPRESSION = {"type": "string", "pattern": r"^\s*\$\{.*\}\s*$"}
@@ -18,12 +19,13 @@ LET: dict[str, Any] = {
 RESERVED = r"^(experimental|future|vendor)(\.|$)"
 
 
-def schema() -> str:
-    """The language as JSON Schema."""
+def schema(extensions: bool = False) -> str:
+    """The language as JSON Schema; with the mixers of other packages that are installed, if asked for."""
     whole = StackSpec.model_json_schema()
     for block, node in {"StackSpec": whole, **whole["$defs"]}.items():
         for name, text in field_docs(by_name()[block]).items():
             node["properties"][name]["description"] = text
+    extended(whole, installed() if extensions else {})
     whole["properties"] = {"let": LET, **whole["properties"]}
     return json.dumps(_for_editors(whole), indent=2) + "\n"
 
@@ -33,8 +35,9 @@ def by_name() -> dict[str, type[Block]]:
     found, queue = dict[str, type[Block]](), [Block]
     while queue:
         for cls in queue.pop().__subclasses__():
-            found[cls.__name__] = cls
-            queue.append(cls)
+            if cls.__module__.startswith(__package__):  # other packages' are no part of it
+                found[cls.__name__] = cls
+                queue.append(cls)
     return found
 
 

@@ -1,6 +1,7 @@
 """From a file, a preset's name or a text to a StackSpec, and back."""
 
 import difflib
+import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path as FilePath
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from . import refused
 from .check import idle_hints, turns, unused_templates
 from .errors import Problem, SpecError, SpecWarning
+from .extensions import extended, known
 from .let import fill
 from .stack import StackSpec
 from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
@@ -25,7 +27,10 @@ def load(source: str | FilePath) -> StackSpec:
 
     Raises SpecError that lists every problem with its line.
     """
-    return loads(*_read(FilePath(source)))
+    text, name = _read(FilePath(source))
+    document = parse(text, name)
+    document.extensions = _recorded(FilePath(source))
+    return _validated(document, name)
 
 
 def loads(text: str, source: str = "spec") -> StackSpec:
@@ -155,6 +160,15 @@ def _read(path: FilePath) -> tuple[str, str]:
     raise SpecError([problem], str(path))
 
 
+def _recorded(folder: FilePath) -> dict[str, str]:
+    """Where a checkpoint's extensions came from; nothing for what is no checkpoint."""
+    try:
+        found = json.loads((folder / "eulerstack.json").read_text()).get("extensions", {})
+        return {str(name): str(origin) for name, origin in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def _problems(error: ValidationError, document: Document) -> Iterable[Problem]:
     for item in error.errors(include_url=False):
         if item["type"] == "too_short" and item["ctx"]["actual_length"] < len(item["input"]):
@@ -198,6 +212,8 @@ def _field_problem(item: Any, document: Document) -> Problem:
     path = _written(_location(item), document)
     line, column = document.place(path)
     message, fix = _explain(item, path)
+    if item["type"] == "union_tag_invalid" and item["ctx"]["tag"] in document.extensions:
+        fix = f"{document.extensions[item['ctx']['tag']]}: this checkpoint was made with it"
     return Problem(dotted(path), message, fix, "Schema", line, column)
 
 
@@ -241,6 +257,7 @@ _WANTED = {
         "use letters, digits, `_`, `-`, `.` and `+`",
     ),
     "too_long": lambda v, c: (f"has {len(v)} entries", f"give {c['max_length']}"),
+    "extension": lambda v, c: (str(c["message"]), str(c["fix"])),
     "finite_number": lambda v, c: (f"{v!r} is not finite", "write a finite number"),
     "greater_than": lambda v, c: (f"{_show(v)} is not greater than {c['gt']}", f"write a number above {c['gt']}"),
     "greater_than_equal": lambda v, c: (f"{_show(v)} is less than {c['ge']}", f"write {c['ge']} or more"),
@@ -282,7 +299,7 @@ def _unknown_key(name: str, path: Path) -> tuple[str, str]:
 
 def _siblings(path: Path) -> list[str]:
     """The keys that may stand where `path` does, read off the JSON Schema's definitions."""
-    schema = StackSpec.model_json_schema()
+    schema = extended(StackSpec.model_json_schema(), known())
     node: dict[str, Any] = schema
     for step in path[:-1]:
         node = _child(node, step, schema)

@@ -3,9 +3,10 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
 from .base import Block
+from .extensions import ExtensionMixer, ExtensionSpec, or_extension
 
 Positive = Annotated[int, Field(ge=1, le=1 << 24)]
 
@@ -236,12 +237,13 @@ class SelectorSpec(Block):
 
 
 Plain = AttentionMixer | MambaMixer | RetNetMixer | LinearAttentionMixer | RWKVMixer | HyenaMixer
+Branch = SerializeAsAny[Annotated[Plain, Field(discriminator="type"), WrapValidator(or_extension)]]
 
 
 class BranchedSpec(Block):
     """Mixers side by side, as in Hymba (arXiv 2411.13676) and Falcon-H1 (arXiv 2507.22448)."""
 
-    branches: Annotated[dict[str, Annotated[Plain, Field(discriminator="type")]], Field(min_length=2, max_length=16)]
+    branches: Annotated[dict[str, Branch], Field(min_length=2, max_length=16)]
     """The mixers, by names of your own."""
     selector: SelectorSpec = SelectorSpec()
     """How they become one output."""
@@ -259,12 +261,20 @@ class BranchedMixer(Block):
 
 
 MixerSpec = (
-    AttentionSpec | Mamba1Spec | Mamba2Spec | RetNetSpec | LinearAttentionSpec | RWKVSpec | HyenaSpec | BranchedSpec
+    AttentionSpec
+    | Mamba1Spec
+    | Mamba2Spec
+    | RetNetSpec
+    | LinearAttentionSpec
+    | RWKVSpec
+    | HyenaSpec
+    | BranchedSpec
+    | ExtensionSpec
 )
-AnyMixer = Annotated[Plain | BranchedMixer, Field(discriminator="type")]
+AnyMixer = SerializeAsAny[Annotated[Plain | BranchedMixer, Field(discriminator="type"), WrapValidator(or_extension)]]
 
 
-def side_by_side(mixer: Plain | BranchedMixer) -> dict[str, Plain]:
+def side_by_side(mixer: Plain | BranchedMixer | ExtensionMixer) -> dict[str, Plain | ExtensionMixer]:
     """The mixers of a template by the keys below its `mixer`; one alone has none."""
     if not isinstance(mixer, BranchedMixer):
         return {"": mixer}

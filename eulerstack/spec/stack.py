@@ -6,8 +6,9 @@ from pydantic import Field, model_validator
 
 from .base import Block
 from .check import cross_check, refuse
+from .extensions import ExtensionMixer
 from .layer import LayerTemplate
-from .mixers import Positive
+from .mixers import Positive, side_by_side
 from .schedule import Entry
 from .training import TrainingHints
 
@@ -144,3 +145,9 @@ class StackSpec(Block):
     def tied(self) -> bool:
         """Whether the head reads the embedding's weights."""
         return self.embedding.tie_word_embeddings
+
+    @property
+    def extensions(self) -> dict[str, str]:
+        """The mixers of other packages by their names, and how to get each."""
+        mixers = [m for template in self.layer_templates.values() for m in side_by_side(template.mixer).values()]
+        return {mixer.type: mixer.origin for mixer in mixers if isinstance(mixer, ExtensionMixer)}
