@@ -5,25 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import eulerstack as es
+from eulerstack.testing import close, rms_ratio
+
+__all__ = ["FP32", "FP64", "build_mini", "close", "rms_ratio"]
 
 FP64, FP32 = 1e-12, 1e-5
-
-
-def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Largest difference over largest value, with no NaN on either side."""
-    assert got.shape == wanted.shape, (got.shape, wanted.shape)
-    assert torch.isfinite(got).all()
-    assert torch.isfinite(wanted).all()
-    scale = wanted.abs().max().clamp(min=1e-30) if wanted.numel() else 1.0
-    error = ((got - wanted).abs().max() / scale).item() if wanted.numel() else 0.0
-    assert error <= tolerance, f"relative error {error:.2e} is above {tolerance:.0e}"
-
-
-def rms_ratio(got: Tensor, wanted: Tensor) -> float:
-    return ((got.double() - wanted.double()).square().mean() / wanted.double().square().mean()).sqrt().item()
 
 
 @pytest.fixture

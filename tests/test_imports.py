@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "multitoken": {"block", "kernels", "layers", "segments", "spec"},
     "model": {"multitoken", "block", "kernels", "layers", "segments", "spec", "state"},
     "builder": {"model", "spec"},
+    "testing": {"builder", "kernels", "mixers", "segments", "spec", "state"},
     "costs": {"block", "model", "spec"},
     "checkpoint": {"model", "spec", "tokens"},
     "inference": {"kernels", "model", "segments", "state"},

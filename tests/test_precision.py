@@ -8,9 +8,10 @@ import torch
 import eulerstack as es
 from eulerstack.mixers import Retention
 from eulerstack.segments import Segments
+from eulerstack.testing import WIDTH
 
 from .conftest import rms_ratio
-from .contract.cases import MIXERS, ROOM, WIDTH, make
+from .contract.cases import MIXERS, contract, make
 
 ISLANDS = ("A_log", "D", "dt_bias", "learned.gamma", "time.decay", "time.bonus")
 WIDE = ("kv", "ssm", "total", "weight", "top")  # what stays float32 of a state
@@ -51,21 +52,7 @@ def test_recurrent_states_are_float32_in_a_bfloat16_model(mixer: str) -> None:
 @pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_bfloat16_is_near_float64(mixer: str, form: str) -> None:
-    half, full = make(mixer, torch.bfloat16), make(mixer, torch.bfloat16).to(torch.float64)
-    x = torch.randn(2, 48, WIDTH, dtype=torch.bfloat16)
-    wanted = full.parallel(x.double())
-    if form == "parallel":
-        y = half.parallel(x)
-    elif form == "chunkwise":
-        y = half.chunkwise(x, half.init_state(2, ROOM), Segments.dense(48))[0]
-    else:
-        state, outs = half.init_state(2, ROOM), []
-        for t in range(48):
-            out, state = half.recurrent(x[:, t : t + 1], state, Segments.dense(1, t))
-            outs.append(out)
-        y = torch.cat(outs, 1)
-    assert y.dtype == torch.bfloat16
-    assert rms_ratio(y, wanted) < 1e-2
+    contract(mixer).bfloat16(form)
 
 
 def test_autocast_leaves_decays_and_states_alone(build_mini: Callable[..., es.Stack]) -> None:

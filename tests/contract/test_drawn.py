@@ -8,9 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eulerstack.segments import Segments
-
-from ..conftest import close
-from .cases import built, run
+from eulerstack.testing import built, close, run
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 
