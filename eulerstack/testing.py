@@ -18,7 +18,7 @@ from .kernels.provider import Target
 from .mixers import Mixer, extension, make_mixer
 from .segments import Segments
 from .spec import ExtensionSpec, expand
-from .spec.extensions import installed
+from .spec.extensions import installed, known
 from .state import BranchedState, HistoryState, LayerState, RingState
 
 WIDTH, TOKENS, ROOM = 16, 27, 96
@@ -46,10 +46,11 @@ def check_mixer(mixer: str | type[Mixer[Any]], options: dict[str, Any] | None = 
 
 def _name_of(mixer: type[Mixer[Any]]) -> str:
     """The name that a spec gives this class."""
-    for name, block in installed().items():
-        spec = block.model_fields[name].annotation
-        if isinstance(spec, type) and issubclass(spec, ExtensionSpec) and extension(spec) is mixer:
-            return name
+    for blocks in (known, installed):
+        for name, block in blocks().items():
+            spec = block.model_fields[name].annotation
+            if isinstance(spec, type) and issubclass(spec, ExtensionSpec) and extension(spec) is mixer:
+                return name
     raise ValueError(f"no spec names {mixer.__name__}: es.register(NAME, SPEC) first, or install its package")
 
 

@@ -34,17 +34,20 @@ let: {width: 16, heads: 2}
 model: {name: all, d_model: "${let.width * 2}", n_heads: "${let.heads}", vocab_size: 300, max_seq_len: 64, mlp_ratio: 1.5,
   target_params: 1000000}
 tokenizer_contract: {type: hf, pretrained: somewhere, add_bos: true}
-embedding: {type: learned, rope_theta: 500, tie_word_embeddings: false}
+embedding: {type: learned, rope_theta: 500, tie_word_embeddings: false, scale: 2.0}
 layer_templates:
   m: {mixer: {type: mamba, mamba: {head_dim: 8}}, ffn: {type: none}}
   a: {mixer: {type: attention}, ffn: {type: moe, moe: {experts: 4}}, norm: {position: sandwich}}
+  b:
+    mixer: {type: branched, branched: {branches: {x: {type: rwkv}, y: {type: hyena}}, selector: {type: learned_gate}}}
+    ffn: {type: mlp}
   r: {mixer: {type: retnet}, ffn: {type: gated_mlp}, residual: {type: parallel}, state: {kv_cache: true}}
 layer_schedule:
   - {pattern: m r m a, repeat: 2}
-  - {pattern: [m, {template: a, shared: one}, {pattern: r r}]}
+  - {pattern: [m, {template: a, shared: one}, {pattern: b r}]}
   - {template: a, shared: one}
   - {template: a, repeat: 2, override: {attention: {window: null}, residual: {scaling: 0.5}}}
-head: {type: causal_lm, tie_weights: false}
+head: {type: causal_lm_mtp, tie_weights: false, logit_softcap: 30.0, mtp: {n_predict: 1, head_template: r}}
 training_hints: {lr_peak: 0.001, grad_clip: null}
 """
 

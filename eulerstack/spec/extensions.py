@@ -9,8 +9,10 @@ A notebook says `es.register("min_gru", MinGRUSpec)`. Then a file may write `mix
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -79,7 +81,7 @@ def register(name: str, spec: type[ExtensionSpec]) -> None:
 def find(name: str) -> type[ExtensionMixer] | None:
     """The mixer of this name that was registered, or is installed. Raises ValueError where it is there but broken."""
     if name not in _known:
-        found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+        found = [entry for entry in _entries(tuple(sys.path)) if entry.name == name]
         if not found:
             return None
         if len({entry.value for entry in found}) > 1:
@@ -90,7 +92,7 @@ def find(name: str) -> type[ExtensionMixer] | None:
 
 def names() -> list[str]:
     """The names that `find` knows; loads nothing."""
-    return sorted({*_known, *(entry.name for entry in entry_points(group=GROUP))})
+    return sorted({*_known, *(entry.name for entry in _entries(tuple(sys.path)))})
 
 
 def known() -> dict[str, type[ExtensionMixer]]:
@@ -150,6 +152,12 @@ def _choices(node: Any) -> Iterable[dict[str, Any]]:
         yield node
     for item in items:
         yield from _choices(item)
+
+
+@cache
+def _entries(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The mixers that the packages on this path name; read once."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _loaded(entry: EntryPoint) -> type[ExtensionMixer]:

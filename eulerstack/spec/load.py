@@ -4,6 +4,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from . import refused
 from .check import idle_hints, turns, unused_templates
 from .errors import Problem, SpecError, SpecWarning
-from .extensions import extended, known
+from .extensions import ExtensionMixer, extended, known
 from .let import fill
 from .stack import StackSpec
 from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
@@ -299,11 +300,17 @@ def _unknown_key(name: str, path: Path) -> tuple[str, str]:
 
 def _siblings(path: Path) -> list[str]:
     """The keys that may stand where `path` does, read off the JSON Schema's definitions."""
-    schema = extended(StackSpec.model_json_schema(), known())
+    schema = _language(tuple(known().items()))
     node: dict[str, Any] = schema
     for step in path[:-1]:
         node = _child(node, step, schema)
     return sorted({key for part in _alternatives(node, schema) for key in part.get("properties", {})})
+
+
+@cache
+def _language(extensions: tuple[tuple[str, type[ExtensionMixer]], ...]) -> dict[str, Any]:
+    """The models' JSON Schema, with these extensions."""
+    return extended(StackSpec.model_json_schema(), dict(extensions))
 
 
 def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
