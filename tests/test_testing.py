@@ -23,6 +23,7 @@ from min_gru.mixer import MinGRU, MinGRUState  # type: ignore[import-not-found]
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extensions, "_known", {})
+    monkeypatch.setattr(extensions, "_entries", lambda path: ())
 
 
 def test_the_example_keeps_the_contract() -> None:
