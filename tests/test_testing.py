@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from min_gru import MinGRUSpec
+from min_gru.mixer import MinGRU, MinGRUState
 from torch import Tensor, nn
 
 import eulerstack as es
 from eulerstack.spec import extensions
 from eulerstack.testing import check_mixer
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "min_gru"))
-
-from min_gru import MinGRUSpec  # type: ignore[import-not-found]
-from min_gru.mixer import MinGRU, MinGRUState  # type: ignore[import-not-found]
+EXAMPLE = Path(__file__).parents[1] / "examples" / "min_gru"
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +29,10 @@ def test_the_example_keeps_the_contract() -> None:
     es.register("min_gru", MinGRUSpec)
     check_mixer(MinGRU, {"chunk_size": 8, "expand": 2})
     check_mixer("min_gru", d_model=24)
+
+
+def test_the_example_is_short() -> None:
+    assert sum(len(file.read_text().splitlines()) for file in EXAMPLE.rglob("*.py")) < 80
 
 
 @pytest.mark.parametrize("name", ["attention", "mamba", "retnet", "hyena"])
