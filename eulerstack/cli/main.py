@@ -52,8 +52,14 @@ def cli() -> None:
     """
 
 
+def _settings(command: click.decorators.FC) -> click.decorators.FC:
+    text = "Change a value first, as in --set model.d_model=512; give many."
+    return click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help=text)(command)
+
+
 def _file(command: click.decorators.FC) -> click.decorators.FC:
-    """FILE, or --preset FILE as in the v1 language."""
+    """FILE, or --preset FILE as in the v1 language, with `--set`."""
+    command = _settings(command)
     command = click.option("--preset", "preset", metavar="FILE", help="The same as FILE.")(command)
     return click.argument("file", required=False)(command)
 
@@ -66,32 +72,37 @@ def _named(file: str | None, preset: str | None) -> str:
 
 @cli.command()
 @_file
-def validate(file: str | None, preset: str | None) -> None:
-    """Check a stack file: every problem with its line and its fix."""
+def validate(file: str | None, preset: str | None, settings: tuple[str, ...]) -> None:
+    """Check a stack file: every problem with its line and its fix.
+
+    \b
+      eulerstack validate my.yml
+      eulerstack validate my.yml --set layer_schedule.0.repeat=24
+    """
     from ..spec import expand, load
 
-    spec = load(_named(file, preset))
+    spec = load(_named(file, preset), settings)
     print(f"OK: {spec.model.name}, {len(expand(spec))} layers")
 
 
 @cli.command()
 @_file
-def explain(file: str | None, preset: str | None) -> None:
+def explain(file: str | None, preset: str | None, settings: tuple[str, ...]) -> None:
     """Draw a stack: its layers, parameters, FLOPs and state."""
     from .show import explain as show
 
-    show(_named(file, preset))
+    show(_named(file, preset), settings)
 
 
 @cli.command()
 @_file
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1 << 24), help="Rows of the state.")
 @click.option("--tokens", type=click.IntRange(1, 1 << 40), help="Tokens of context; max_seq_len by default.")
-def estimate(file: str | None, preset: str | None, batch: int, tokens: int | None) -> None:
+def estimate(file: str | None, preset: str | None, settings: tuple[str, ...], batch: int, tokens: int | None) -> None:
     """Count parameters and state bytes, exactly, without building the weights."""
     from .show import estimate as show
 
-    show(_named(file, preset), batch, tokens)
+    show(_named(file, preset), settings, batch, tokens)
 
 
 @cli.group()

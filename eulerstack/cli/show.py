@@ -13,16 +13,16 @@ from ..costs import estimate as count
 from ..spec import BranchedSpec, LayerSpec, MixerSpec, MoEFFNSpec, NoFFN, StackSpec, load
 
 
-def explain(file: str) -> None:
+def explain(file: str, settings: tuple[str, ...]) -> None:
     """The stack as a tree: equal neighbours drawn once, with what each layer costs."""
-    spec = load(file)
+    spec = load(file, settings)
     cost, console = count(spec), Console()
     console.print(_tree(spec, cost))
 
 
-def estimate(file: str, batch: int, tokens: int | None) -> None:
+def estimate(file: str, settings: tuple[str, ...], batch: int, tokens: int | None) -> None:
     """Parameters and state bytes, exact."""
-    spec = load(file)
+    spec = load(file, settings)
     cost, tokens = count(spec), tokens or spec.model.max_seq_len
     table = Table(title=f"{spec.model.name}: {batch} x {tokens:,} tokens", title_justify="left")
     table.add_column("what")

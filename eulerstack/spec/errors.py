@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the dotted key, what is wrong with its value, and what to write instead."""
+    """One mistake: the dotted key, what is wrong with its value, and what to write instead.
+
+    It stands in a line of the file, or in the `place` that says otherwise.
+    """
 
     key: str
     message: str
@@ -13,10 +16,12 @@ class Problem:
     category: str = "Schema"
     line: int | None = None
     column: int | None = None
+    place: str | None = None
 
     def render(self, source: str) -> str:
-        place = source if self.line is None else f"{source}:{self.line}:{self.column}"
-        where = f"{place}: {self.key}" if self.key else place
+        place = self.place or (source if self.line is None else f"{source}:{self.line}:{self.column}")
+        named = not self.key or place == f"--set {self.key}"
+        where = place if named else f"{place}: {self.key}"
         return f"{self.category}: {where}: {self.message}\nFix: {self.fix}"
 
 

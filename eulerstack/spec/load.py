@@ -4,6 +4,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from . import refused
+from .change import change
 from .check import idle_hints, turns, unused_templates
 from .errors import Problem, SpecError, SpecWarning
 from .extensions import ExtensionMixer, extended, known
@@ -23,20 +25,24 @@ PRESET_DIRS = (FilePath(__file__).parents[1] / "presets", FilePath(__file__).par
 """Where the shipped presets are: in the wheel, and in a checkout."""
 
 
-def load(source: str | FilePath) -> StackSpec:
+def load(source: str | FilePath, settings: Iterable[str] = ()) -> StackSpec:
     """The spec of a YAML file, of a shipped preset by its name, or of a checkpoint directory.
 
+    settings: KEY=VALUE each, `model.d_model=512` or `layer_schedule.0.repeat=2`, put in before anything is checked.
     Raises SpecError that lists every problem with its line.
     """
     text, name = _read(FilePath(source))
     document = parse(text, name)
+    change(document, settings, _siblings)
     document.extensions = _recorded(FilePath(source))
     return _validated(document, name)
 
 
-def loads(text: str, source: str = "spec") -> StackSpec:
-    """The spec of a YAML text; `source` is what the messages call it."""
-    return _validated(parse(text, source), source)
+def loads(text: str, source: str = "spec", settings: Iterable[str] = ()) -> StackSpec:
+    """The spec of a YAML text; `source` is what the messages call it, `settings` as in `load`."""
+    document = parse(text, source)
+    change(document, settings, _siblings)
+    return _validated(document, source)
 
 
 def from_data(data: dict[str, Any], source: str = "spec") -> StackSpec:
@@ -85,11 +91,20 @@ def _validated(document: Document, source: str) -> StackSpec:
         known = {problem.key for problem in problems}
         problems = [*problems, *(p for p in _problems(error, document) if p.key not in known)]
     if spec is None or problems:
+        problems = [_from_outside(problem, document) for problem in problems]
         raise SpecError(sorted(problems, key=lambda p: (p.line or 0, p.column or 0)), source)
     remarks += [f"layer_templates.{name} is in no entry of layer_schedule" for name in unused_templates(spec)]
     for remark in remarks:
         warnings.warn(SpecWarning(f"{source}: {remark}"), stacklevel=3)
     return spec
+
+
+def _from_outside(problem: Problem, document: Document) -> Problem:
+    """The problem at the `--set` that gave its value, if one did."""
+    for path, key in document.settings.items():
+        if f"{problem.key}.".startswith(f"{dotted(path)}."):
+            return replace(problem, place=f"--set {key}", line=None, column=None)
+    return problem
 
 
 def _without_reserved(value: Any, path: Path, remarks: list[str]) -> Any:

@@ -30,12 +30,13 @@ _WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false"
 
 @dataclass
 class Document:
-    """The data of a file, (line, column) of the keys and items in it, and where its extensions came from."""
+    """The data of a file, (line, column) of its keys and items, where its extensions came from, what `--set` changed."""
 
     data: Any
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     extensions: dict[str, str] = field(default_factory=dict)
+    settings: dict[Path, str] = field(default_factory=dict)
 
     def place(self, path: Path) -> tuple[int | None, int | None]:
         """Where the path, or the nearest key above it, stands."""
