@@ -87,11 +87,17 @@ def validate(file: str | None, preset: str | None, settings: tuple[str, ...]) ->
 
 @cli.command()
 @_file
-def explain(file: str | None, preset: str | None, settings: tuple[str, ...]) -> None:
-    """Draw a stack: its layers, parameters, FLOPs and state."""
-    from .show import explain as show
+@click.option("--picture", metavar="FILE", help="Draw it into FILE.svg or FILE.html, for a slide.")
+def explain(file: str | None, preset: str | None, settings: tuple[str, ...], picture: str | None) -> None:
+    """Draw a stack: its layers and repeats, parameters, FLOPs and state.
 
-    show(_named(file, preset), settings)
+    \b
+      eulerstack explain arch_expert_research
+      eulerstack explain my.yml --picture my.svg
+    """
+    from .explain import explain as show
+
+    show(_named(file, preset), settings, picture)
 
 
 @cli.command()
