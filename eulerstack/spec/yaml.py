@@ -30,7 +30,7 @@ _WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false"
 
 @dataclass
 class Document:
-    """The data of a file, (line, column) of its keys and items, where its extensions came from, what `--set` changed."""
+    """The data of a file, where its keys and items stand, what brought its extensions, and what `--set` changed."""
 
     data: Any
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
