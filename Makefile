@@ -8,7 +8,7 @@ DEMO := runs/demo
 # A CPU build of torch where pip can find one: the plain name would fetch gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: setup demo test test-full test-triton check bench clean
+.PHONY: setup demo test test-full test-triton check presets bench clean
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Writes the presets that follow from tables, and the figures in the headers of all.
+presets: $(READY)
+	$(BIN)/python -m tools.presets
 
 bench: $(READY)
 	$(BIN)/pip install --quiet --editable ".[bench]"

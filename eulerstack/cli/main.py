@@ -122,8 +122,8 @@ def list_() -> None:
     from ..spec import presets as shipped
 
     for name, path in shipped().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{name:32} {first.lstrip('# ')}")
+        title = path.read_text(encoding="utf-8").splitlines()[1]  # below the modeline of editors
+        print(f"{name:32} {title.lstrip('# ')}")
 
 
 @presets.command("show")
