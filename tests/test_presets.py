@@ -1,6 +1,8 @@
 """The shipped presets: what their headers say, what their names promise, and that the minis learn."""
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,15 @@ MINIS = sorted(name for name in es.presets() if "_mini" in name)
 QUICK = {"arch_beginner_gpt2_mini", "arch_advanced_samba_mini", "arch_expert_deepseek_moe_mini"}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Steps so small that threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def promised(name: str) -> float | None:
     """Parameters that a name speaks of: 0p1b, 200m."""
     found = re.search(r"_(\d+(?:p\d+)?)([bm])(?:_|$)", name)
@@ -52,7 +63,7 @@ def test_the_files_are_what_the_tables_say() -> None:
 
 
 @pytest.mark.parametrize("path", es.presets().values(), ids=lambda path: path.stem)
-def test_headers(path: "es.presets") -> None:  # type: ignore[valid-type]
+def test_headers(path: Path) -> None:
     """The modeline, a title, perhaps a remark, the source and the figures, no line too long."""
     header = path.read_text(encoding="utf-8").partition("schema_version")[0].splitlines()
     modeline, title, *_, source, counted, state = header
@@ -100,6 +111,7 @@ def test_a_mini_has_the_kinds_of_layers_of_its_stack() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MINIS]
 )
+@pytest.mark.usefixtures("one_thread")
 def test_a_mini_learns_in_20_steps(name: str) -> None:
     """On one text of two phrases: the mean loss of the last five steps is below that of the first five."""
     torch.manual_seed(0)
