@@ -165,12 +165,10 @@ def test_same_seed_same_weights_and_names_come_from_the_spec(build_mini: Build) 
     assert one.fingerprint() == two.fingerprint()
 
 
-@pytest.mark.parametrize("name", sorted(es.presets()))
+@pytest.mark.parametrize("name", sorted(name for name in es.presets() if "_mini" in name))
 def test_estimate_is_exact(name: str) -> None:
     spec = es.load(name)
     cost = es.estimate(spec)
-    if cost.parameters > 20e6:
-        pytest.skip("too large to build here; counted on the meta device")
     model = es.build(spec)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     for batch, tokens in ((1, 1), (3, 100), (2, spec.model.max_seq_len)):

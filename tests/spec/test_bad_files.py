@@ -8,7 +8,8 @@ import pytest
 
 import eulerstack as es
 
-GOOD = (Path(__file__).parents[2] / "presets" / "arch_expert_research_mini.yml").read_text()
+MINI = (Path(__file__).parents[2] / "presets" / "arch_expert_research_mini.yml").read_text()
+GOOD = "# a line above\n" + MINI[MINI.index("schema_version") :]
 
 BAD: dict[str, tuple[str, str, str]] = {
     # name: (text in the good file, what it becomes, what the message must say after FILE:LINE:)
@@ -26,8 +27,8 @@ BAD: dict[str, tuple[str, str, str]] = {
     "word for a mapping": ("    mixer: {type: attention}", "    mixer: attention", "layer_templates.attn_layer.mixer"),
     "norm as a word": ("    mixer: {type: attention}", "    norm: rmsnorm\n    mixer: {type: attention}", "norm: 'rmsnorm' is not a mapping"),
     "list for a mapping": ("{type: attention}", "{type: attention, attention: [1, 2]}", "mixer.attention: [1, 2] is not a mapping"),
-    "unknown key": ("max_seq_len: 4096", "max_seq_length: 4096", "model.max_seq_length: is not a key of the language here"),
-    "missing key": ("  max_seq_len: 4096\n", "", "model.max_seq_len: is required and missing"),
+    "unknown key": ("max_seq_len: 8192", "max_seq_length: 8192", "model.max_seq_length: is not a key of the language here"),
+    "missing key": ("  max_seq_len: 8192\n", "", "model.max_seq_len: is required and missing"),
     "missing block": ("head:\n  type: causal_lm\n", "", "head: is required and missing"),
     "unknown mixer": ("type: attention", "type: atention", "mixer.type: 'atention' is not one of"),
     "two mixers": ("{type: attention}", "{type: attention, mamba: {}}", "mixer.mamba: is not a key"),
