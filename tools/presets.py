@@ -42,12 +42,12 @@ class Shape(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What the tiers of one name have in common; a pattern of one, two or four templates is repeated."""
+    """What the tiers of one name have in common: `layer` again and again, or a pattern of four layers."""
 
     title: str
     source: str
     templates: dict[str, Data]
-    schedule: list[Data | str]
+    pattern: str | list[Data] = "layer"
     positional: str = "rope"
     grouped: bool = True
 
@@ -63,17 +63,18 @@ SHAPES = {
 """A mixture of experts has the shape of the tier before, so that about a third of its parameters serve a token."""
 
 MLP_RATIOS = {
-    "0p1b": {"simple": 2.25, "mistral": 2.75, "jamba": 1.75, "moe": 1.5, "mla": 2.5},
+    "0p1b": {"simple": 2.25, "mistral": 2.75, "jamba": 1.75, "moe": 1.5, "mla": 2.0},
     "0p8b": {"simple": 3.125, "mistral": 3.5, "jamba": 2.625, "moe": 4.5, "mla": 3.25},
     "2b": {"simple": 3.5, "mistral": 4.0, "jamba": 3.0, "moe": 1.375, "mla": 3.75},
     "4b": {"simple": 3.0, "mistral": 3.375, "jamba": 2.5, "moe": 1.125, "mla": 3.25},
     "16b": {"simple": 2.875, "mistral": 3.375, "jamba": 2.375, "moe": 2.125, "mla": 3.25},
 }
-"""Widths of the FFNs that give the stacks of a tier as many parameters as its name says."""
+"""Widths of the FFNs over d_model that give each stack as many parameters as its name says, in multiples of 64."""
 
 GATED = {"type": "gated_mlp", "activation": "swiglu"}
 ATTENTION = {"mixer": {"type": "attention"}, "ffn": GATED}
 WINDOWED = {"mixer": {"type": "attention", "attention": {"window": 4096}}, "ffn": GATED}
+LATENT = {"mixer": {"type": "attention", "attention": {"latent_dim": 512, "rope_head_dim": 64}}, "ffn": GATED}
 EXPERTS = {"mixer": {"type": "attention"}, "ffn": {"type": "moe", "moe": {"experts": 8, "top_k": 2}}}
 MAMBA1 = {"mixer": {"type": "mamba", "mamba": {"variant": "mamba1", "d_state": 16}}, "ffn": GATED}
 
@@ -82,7 +83,6 @@ FAMILIES = {
         "the plain transformer that the others are compared with",
         "Touvron et al. 2023, arXiv 2302.13971 (LLaMA)",
         {"layer": ATTENTION},
-        ["layer"],
         grouped=False,
     ),
     "mistral": Family(
@@ -95,20 +95,18 @@ FAMILIES = {
         "three layers of Mamba for one of attention, without rotary positions",
         "Lieber et al. 2024, arXiv 2403.19887 (Jamba)",
         {"m": MAMBA1, "a": ATTENTION},
-        ["m", "m", "m", "a"],
+        "m m m a",
         positional="none",
     ),
     "moe": Family(
         "eight experts in every layer, two of which serve a token",
         "Jiang et al. 2024, arXiv 2401.04088 (Mixtral)",
         {"layer": EXPERTS},
-        ["layer"],
     ),
     "mla": Family(
         "latent attention, whose cache holds a latent instead of keys and values",
         "DeepSeek-AI 2024, arXiv 2405.04434 (DeepSeek-V2)",
-        {"layer": ATTENTION},
-        ["layer"],
+        {"layer": LATENT},
         grouped=False,
     ),
 }
@@ -127,7 +125,7 @@ ABLATIONS: dict[str, tuple[str, int, Data]] = {
     "retnet_200m_one_decay": ("gamma = 127/128 in all heads, one scale", 4, {"gamma": 127 / 128}),
     "retnet_200m_head_64": ("heads of 64 channels instead of 256", 16, {}),
 }
-"""What each row changes, its heads, and its options of the retnet mixer."""
+"""What each row changes, its heads, and its options of the retnet mixer; 16,000 tokens keep all near 200M."""
 
 CAPS = {
     "window": 256, "latent_dim": 64, "rope_head_dim": 32, "d_state": 64, "chunk_size": 64, "experts": 8, "top_k": 2,
@@ -151,11 +149,7 @@ def generated() -> Iterator[tuple[str, Preset]]:
         for family in FAMILIES:
             name = f"llm_{tier}_{family}"
             yield name, _tier(name, tier, family)
-    for size in RETNETS:
-        yield f"retnet_{size}", _retnet(size)
-        yield f"retnet_{size}_attention", _retnet_twin(size)
-    for name in ABLATIONS:
-        yield name, _ablation(name)
+    yield from _retnets()
     for file in sorted(PRESETS.glob("arch_*.yml")):
         if "_mini" not in file.stem and file.stem != "arch_expert_research":  # whose mini has twins, and is its own
             yield f"{file.stem}_mini", _mini(file)
@@ -164,20 +158,12 @@ def generated() -> Iterator[tuple[str, Preset]]:
 def _tier(name: str, tier: str, family: str) -> Preset:
     title, source, templates, pattern, positional, grouped = FAMILIES[family]
     before = list(SHAPES)[list(SHAPES).index(tier) - 1]
-    shape = SHAPES[before if family == "moe" else tier]
-    if family == "mla":
-        head_dim = shape.d_model // shape.n_heads
-        latent = {"latent_dim": 4 * head_dim, "rope_head_dim": head_dim // 2}
-        templates = {"layer": {"mixer": {"type": "attention", "attention": latent}, "ffn": GATED}}
-    model = {"d_model": shape.d_model, "n_heads": shape.n_heads}
-    model |= {"n_kv_heads": shape.n_kv_heads} if grouped else {}
-    model |= {"mlp_ratio": MLP_RATIOS[tier][family]}
-    names = [item for item in pattern if isinstance(item, str)]
-    if len(pattern) == 1:
-        schedule: Data = {"template": pattern[0], "repeat": shape.layers}
-    else:
-        schedule = {"pattern": " ".join(names) if names else pattern, "repeat": shape.layers // 4}
-    data = _stack(name, model, templates, schedule, shape.lr_peak, positional=positional)
+    width, layers, heads, kv_heads, lr = SHAPES[before if family == "moe" else tier]
+    groups = {"n_kv_heads": kv_heads} if grouped else {}
+    model = {"d_model": width, "n_heads": heads} | groups | {"mlp_ratio": MLP_RATIOS[tier][family]}
+    again = {"template": pattern, "repeat": layers}
+    entry = again if pattern == "layer" else {"pattern": pattern, "repeat": layers // 4}
+    data = _stack(name, model, templates, entry, lr, positional=positional)
     return Preset(f"{_size(tier)} parameters: {title}.", source, data)
 
 
@@ -186,31 +172,30 @@ def _size(tier: str) -> str:
     return tier.replace("p", ".").upper()
 
 
-def _retnet(size: str) -> Preset:
-    width, layers, lr = RETNETS[size]
-    mixer = {"type": "retnet", "retnet": {"gamma": "paper_runs", "chunk_size": 512}}
-    templates = {"layer": {"mixer": mixer, "ffn": GELU, "norm": LAYERNORM}}
-    model = {"d_model": width, "n_heads": width // 256, "mlp_ratio": 2}
-    schedule = {"template": "layer", "repeat": layers}
-    data = _stack(f"retnet_{size}", model, templates, schedule, lr, positional="none")
-    return Preset(f"The paper's RetNet of {_size(size)} parameters.", RETNET_SOURCE, data)
+def _retnets() -> Iterator[tuple[str, Preset]]:
+    """The paper's sizes, each with its twin, and the rows of the ablation."""
+    for size, (width, layers, lr) in RETNETS.items():
+        name, twin = f"retnet_{size}", f"retnet_{size}_attention"
+        data = _retnet(name, width, layers, width // 256, lr)
+        yield name, Preset(f"The paper's RetNet of {_size(size)} parameters.", RETNET_SOURCE, data)
+        title = f"The attention twin of {name}: as wide, as deep, as many parameters."
+        model = {"d_model": width, "n_heads": width // 128, "mlp_ratio": 4}
+        layer = {"mixer": {"type": "attention"}, "ffn": GELU, "norm": LAYERNORM}
+        data = _stack(twin, model, {"layer": layer}, {"template": "layer", "repeat": layers}, lr)
+        yield twin, Preset(title, RETNET_SOURCE, data)
+    for name, (title, heads, options) in ABLATIONS.items():
+        data = _retnet(name, 1024, 16, heads, 6e-4, options, vocab=16000)
+        yield name, Preset(f"RetNet's ablation at 200M: {title}.", RETNET_SOURCE, data)
 
 
-def _retnet_twin(size: str) -> Preset:
-    width, layers, lr = RETNETS[size]
-    templates = {"layer": {"mixer": {"type": "attention"}, "ffn": GELU, "norm": LAYERNORM}}
-    model = {"d_model": width, "n_heads": width // 128, "mlp_ratio": 4}
-    data = _stack(f"retnet_{size}_attention", model, templates, {"template": "layer", "repeat": layers}, lr)
-    return Preset(f"The attention twin of retnet_{size}: as wide, as deep, as many parameters.", RETNET_SOURCE, data)
-
-
-def _ablation(name: str) -> Preset:
-    title, heads, options = ABLATIONS[name]
-    mixer = {"type": "retnet", "retnet": {"gamma": "paper_runs", "chunk_size": 512} | options}
-    templates = {"layer": {"mixer": mixer, "ffn": GELU, "norm": LAYERNORM}}
-    model = {"d_model": 1024, "n_heads": heads, "mlp_ratio": 2}
-    data = _stack(name, model, templates, {"template": "layer", "repeat": 16}, 6e-4, positional="none", vocab=16000)
-    return Preset(f"RetNet's ablation at 200M: {title}.", RETNET_SOURCE, data)
+def _retnet(
+    name: str, width: int, layers: int, heads: int, lr: float, options: Data | None = None, vocab: int = 32000
+) -> Data:
+    mixer = {"type": "retnet", "retnet": {"gamma": "paper_runs", "chunk_size": 512} | (options or {})}
+    model = {"d_model": width, "n_heads": heads, "mlp_ratio": 2}
+    layer = {"mixer": mixer, "ffn": GELU, "norm": LAYERNORM}
+    entry = {"template": "layer", "repeat": layers}
+    return _stack(name, model, {"layer": layer}, entry, lr, positional="none", vocab=vocab)
 
 
 def _stack(
