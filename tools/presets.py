@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import yaml
 
 import eulerstack as es
-from eulerstack.cli.show import _bytes
-from eulerstack.costs import Estimate
 from eulerstack.spec import expand, from_data
 
 PRESETS = Path(__file__).parents[1] / "presets"
 HEADER = "# yaml-language-server: $schema=../schemas/eulerstack-v1.json\n# {title}\n# Source: {source}.\n"
 CONTEXT = 8192
+COUNTS = {"B": 1e9, "M": 1e6}
+BYTES: dict[str, float] = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10}
 
 Data = dict[str, Any]
 
@@ -291,21 +291,18 @@ def _flow(value: Any) -> str:
 
 
 def with_figures(text: str) -> str:
-    """The text with the stack's parameters and its state at 8,192 tokens below the source."""
+    """The text with the stack's parameters and its state at 8,192 tokens, of one row, below the source."""
     cost = es.estimate(es.loads(text))
-    figures = f"# parameters: {_count(cost.parameters)}\n# state at 8k: {_state(cost)}\n"
+    count, state = _in(COUNTS, cost.parameters), _in(BYTES, cost.state_bytes(1, CONTEXT)["total"])
     bare = re.sub("^# (parameters|state at 8k): .*\n", "", text, flags=re.MULTILINE)
+    figures = f"# parameters: {count}\n# state at 8k: {state}\n"
     return re.sub("^# Source: .*\n", lambda source: source[0] + figures, bare, count=1, flags=re.MULTILINE)
 
 
-def _count(parameters: int) -> str:
-    unit, size = ("B", 1e9) if parameters >= 1e9 else ("M", 1e6)
-    return f"{parameters / size:.3g}{unit}"
-
-
-def _state(cost: Estimate) -> str:
-    """Of one row, in the units of `eulerstack estimate`."""
-    return _bytes(cost.state_bytes(1, CONTEXT)["total"])
+def _in(units: dict[str, float], number: int) -> str:
+    """Three digits in the largest unit that the number reaches."""
+    unit = next(unit for unit, size in units.items() if number >= size)
+    return f"{number / units[unit]:.3g}{unit}"
 
 
 if __name__ == "__main__":
