@@ -105,10 +105,58 @@ def explain(file: str | None, preset: str | None, settings: tuple[str, ...], pic
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1 << 24), help="Rows of the state.")
 @click.option("--tokens", type=click.IntRange(1, 1 << 40), help="Tokens of context; max_seq_len by default.")
 def estimate(file: str | None, preset: str | None, settings: tuple[str, ...], batch: int, tokens: int | None) -> None:
-    """Count parameters and state bytes, exactly, without building the weights."""
+    """Count parameters and state bytes, exactly, without building the weights.
+
+    \b
+      eulerstack estimate my.yml --batch 8 --tokens 4096
+    """
     from .show import estimate as show
 
     show(_named(file, preset), settings, batch, tokens)
+
+
+@cli.command("compile")
+@_file
+@click.option("--output", metavar="FILE.json", help="Where to write it; printed by default.")
+def compile_(file: str | None, preset: str | None, settings: tuple[str, ...], output: str | None) -> None:
+    """Write the expanded stack as JSON: every layer with all its values, and where they came from.
+
+    \b
+      eulerstack compile --preset arch_expert_research_mini --output stack.json
+    """
+    from .compile import compile_ as write
+
+    write(_named(file, preset), settings, output)
+
+
+@cli.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="[B]", required=False)
+@_settings
+def diff(first: str, second: str | None, settings: tuple[str, ...]) -> None:
+    """Say what two stacks differ in as designs: mixers, order, widths, parameters, state. `--set` changes B.
+
+    \b
+      eulerstack diff arch_expert_research_mini arch_expert_research_mini_mamba
+      eulerstack diff my.yml --set model.n_kv_heads=1       my.yml, and what it would become
+    """
+    from .compare import compare
+
+    if second is None and not settings:
+        raise click.UsageError("give two stacks, or one and --set KEY=VALUE")
+    compare(first, second or first, settings)
+
+
+@cli.command()
+def doctor() -> None:
+    """List the providers of kernels: which can serve here, why others cannot, and how to install them.
+
+    \b
+      eulerstack doctor
+    """
+    from .doctor import doctor as show
+
+    show()
 
 
 @cli.group()
@@ -118,18 +166,24 @@ def presets() -> None:
 
 @presets.command("list")
 def list_() -> None:
-    """Name the presets."""
-    from ..spec import presets as shipped
+    """All presets as a table: parameters, state of 8,192 tokens, layers by mixer, purpose.
 
-    for name, path in shipped().items():
-        title = path.read_text(encoding="utf-8").splitlines()[1]  # below the modeline of editors
-        print(f"{name:32} {title.lstrip('# ')}")
+    \b
+      eulerstack presets list | grep retnet
+    """
+    from .listing import listing
+
+    print(listing())
 
 
 @presets.command("show")
 @click.argument("name")
 def show_(name: str) -> None:
-    """Print a preset's file, to start your own from."""
+    """Print a preset's file, to start your own from.
+
+    \b
+      eulerstack presets show arch_expert_research_mini > my.yml
+    """
     from ..spec import presets as shipped
 
     if name not in shipped():
@@ -140,7 +194,11 @@ def show_(name: str) -> None:
 @cli.command()
 @click.option("--extensions", is_flag=True, help="With the mixers that installed packages bring.")
 def schema(extensions: bool) -> None:
-    """Print the language's JSON Schema, for editors."""
+    """Print the language's JSON Schema, for editors.
+
+    \b
+      eulerstack schema > eulerstack-v1.json
+    """
     from ..spec import schema as written
 
     print(written(extensions), end="")
@@ -181,7 +239,11 @@ def test(arguments: tuple[str, ...]) -> None:
 @click.option("--seed", type=int, help="The same seed, the same text.")
 @click.option("--device", default="cpu", show_default=True)
 def generate(prompts: tuple[str, ...], **options: object) -> None:
-    """Write text from a trained stack, token by token through its state."""
+    """Write text from a trained stack, token by token through its state.
+
+    \b
+      eulerstack generate --checkpoint runs/mine/checkpoint --prompt "def " --temperature 0
+    """
     from .write import write
 
     write(list(prompts), **options)  # type: ignore[arg-type]

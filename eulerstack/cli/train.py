@@ -1,8 +1,10 @@
 """fit and test: the stack is checked before Lightning, or torch, is loaded."""
 
+from itertools import pairwise
+
 from ..spec import load
 
-ALIASES = {"--preset": "--model.spec", "--checkpoint": "--model.spec"}
+ALIASES = {"--preset": "--model.spec", "--checkpoint": "--model.spec", "--set": "--model.settings+"}
 
 HELP = {
     "fit": """\
@@ -12,6 +14,7 @@ Train a stack. FILE is a YAML file, a preset's name, or a checkpoint directory t
 
   eulerstack fit --preset arch_expert_research_mini --trainer.max_steps 1000
   eulerstack fit --preset my.yml --data.path my_texts/ --data.seq_len 1024 --trainer.precision bf16-mixed
+  eulerstack fit --preset my.yml --set model.d_model=512 --set layer_schedule.0.repeat=4
   eulerstack fit --preset my.yml --trainer.max_steps 1000 --ckpt_path last      go on with a run that was stopped
   eulerstack fit --config run.yaml                                              all keys from a file
 
@@ -50,12 +53,14 @@ def _alias(argument: str) -> str:
 
 def _check_spec(arguments: list[str]) -> None:
     """Say the problems of the spec on the command line at once; one that a config names is checked later."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--model.spec="):
-            load(argument.partition("=")[2])
-            return
-        if argument == "--model.spec" and i + 1 < len(arguments):
-            load(arguments[i + 1])
-            return
-    if not any(argument.partition("=")[0] in ("--config", "-c", "--model", "--help") for argument in arguments):
+    given = _values(arguments, "--model.spec")
+    if given:
+        load(given[-1], _values(arguments, ALIASES["--set"]))
+    elif not any(argument.partition("=")[0] in ("--config", "-c", "--model", "--help") for argument in arguments):
         raise ValueError("give the stack: --preset FILE, or --checkpoint DIR (see --help)")
+
+
+def _values(arguments: list[str], name: str) -> list[str]:
+    """What an option is given, as `--name value` or `--name=value`."""
+    apart = [value for key, value in pairwise(arguments) if key == name]
+    return [*apart, *(argument.partition("=")[2] for argument in arguments if argument.startswith(f"{name}="))]

@@ -1,5 +1,7 @@
 """Words for layers and figures, and the repeats of a stack; loads no torch."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -104,6 +106,11 @@ def mixer_name(kind: str, spec: Any) -> str:
         window = "" if spec.window is None else f"({spec.window})"
         return ("attention" if spec.latent_dim is None else "latent_attention") + window
     return kind
+
+
+def count_mixers(layers: Sequence[LayerSpec]) -> Counter[str]:
+    """How many layers mix with what, windows left out: 24 mamba2, 8 attention."""
+    return Counter(re.sub(r"\(\d+\)", "", mixer_name(layer.mixer_type, layer.mixer)) for layer in layers)
 
 
 def mixer_lines(layer: LayerSpec) -> Iterator[str]:

@@ -58,6 +58,24 @@ def select(operation: str, target: Target, **needs: Any) -> Choice:
     raise ValueError(f"no provider can serve {operation}: {'; '.join(refusals)}")
 
 
+class Answer(NamedTuple):
+    """Whether a provider can serve an operation (no refusal), and whether it is the one that `auto` takes."""
+
+    operation: str
+    provider: str
+    refusal: str | None
+    chosen: bool
+
+
+def survey(target: Target) -> list[Answer]:
+    """What every provider of every operation answers; a mixer may need more of it than is asked here."""
+    answers = []
+    for operation, names in PROVIDERS.items():
+        chosen = select(operation, target).provider
+        answers += [Answer(operation, name, _why_not(operation, name, target, {}), name == chosen) for name in names]
+    return answers
+
+
 def check_name(kernels: str) -> None:
     """Raises ValueError for a name that is no provider's."""
     known = sorted({name for names in PROVIDERS.values() for name in names})

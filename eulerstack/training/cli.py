@@ -40,7 +40,8 @@ class StackCLI(LightningCLI):
         """Seed by --seed_everything, or by the spec's hint."""
         given = self._get(self.config, "seed_everything")
         if given is False:
-            spec = load(self._get(self.config, "model")["spec"])
+            model = self._get(self.config, "model")
+            spec = load(model["spec"], model["settings"] or ())
             L.seed_everything(spec.training_hints.seed, workers=True)
 
     def before_fit(self) -> None:

@@ -24,7 +24,7 @@ class StackModule(L.LightningModule):
     Args:
         spec: a YAML file, a preset's name, a StackSpec, or a checkpoint directory, whose weights are loaded.
         init: `mixer` draws each mixer's weights as its paper does, `normal` linear weights from N(0, 0.02). This and
-            all below but `kernels` are the spec's training_hints unless given.
+            all below but the last two are the spec's training_hints unless given.
         dropout: share of what each sublayer adds to the residual stream.
         checkpointing: compute each layer again in the backward, for less memory.
         router_aux_loss_coef: load_balance_coef of each mixture of experts without its own.
@@ -41,6 +41,7 @@ class StackModule(L.LightningModule):
         lr_floor_ratio: the last learning rate, as a share of the peak.
         decay_steps_ratio: share of the steps that decay in `wsd`.
         kernels: provider of the mixers' kernels.
+        settings: KEY=VALUE each, changes of the spec's file before it is checked, as in `load`.
 
     Raises SpecError for values that the language refuses, and ValueError for groups that match nothing.
     """
@@ -65,13 +66,14 @@ class StackModule(L.LightningModule):
         lr_floor_ratio: float | None = None,
         decay_steps_ratio: float | None = None,
         kernels: str = "auto",
+        settings: list[str] | None = None,
     ) -> None:
         given = {key: value for key, value in locals().items() if key in TrainingHints.model_fields}
         super().__init__()
         self.changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if grad_clip == 0:
             self.changes["grad_clip"] = None
-        self.written, self.weights = _spec_and_weights(spec)
+        self.written, self.weights = _spec_and_weights(spec, settings or [])
         self.spec = with_hints(self.written, self.changes)
         self.kernels = kernels
         self._built: Stack | None = None
@@ -209,10 +211,12 @@ class StackModule(L.LightningModule):
         return int(steps)
 
 
-def _spec_and_weights(spec: str | Path | StackSpec) -> tuple[StackSpec, Path | None]:
+def _spec_and_weights(spec: str | Path | StackSpec, settings: list[str]) -> tuple[StackSpec, Path | None]:
     if isinstance(spec, StackSpec):
+        if settings:
+            raise ValueError("settings change a file's values; change the StackSpec itself, or give its file")
         return spec, None
     if Path(spec).is_dir():
         check_checkpoint(Path(spec))
-        return load(spec), Path(spec)
-    return load(spec), None
+        return load(spec, settings), Path(spec)
+    return load(spec, settings), None

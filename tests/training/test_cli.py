@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import eulerstack as es
+
 RUN = [sys.executable, "-m", "eulerstack"]
 
 
@@ -112,6 +114,19 @@ def test_options_of_lightning_that_switch_our_parts_off(stack_file: Path, corpus
     done = eulerstack(*fit_words(stack_file, corpus, "run", 2), "--trainer.fast_dev_run", "true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "run") == before
+
+
+def test_settings_reach_the_trained_stack(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    words = [*fit_words(stack_file, corpus, "run", 2), "--set", "model.mlp_ratio=3", "--set=training_hints.seed=5"]
+    done = eulerstack(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    spec = es.load(tmp_path / "run" / "checkpoint")
+    assert spec == es.load(stack_file, ["model.mlp_ratio=3", "training_hints.seed=5"])
+    config = next((tmp_path / "run" / "logs").glob("*/config.yaml")).read_text()
+    assert "model.mlp_ratio=3" in config and "seed_everything: 5" not in config
+    done = eulerstack("fit", "--preset", str(stack_file), "--set", "model.mlp_rati=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Setting: --set model.mlp_rati: there is no key" in done.stderr
 
 
 def test_another_stack_does_not_resume(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
