@@ -106,3 +106,10 @@ def test_a_name_cannot_break_the_picture(eulerstack: Run, file: Path, tmp_path: 
     file.write_text(STACK.replace("  m:", '  "<&>":').replace("[m, m,", '["<&>", "<&>",'))
     assert eulerstack("explain", str(file), "--picture", str(out)).exit_code == 0
     ET.parse(out)
+
+
+@pytest.mark.parametrize("name", [n for n in es.presets() if n.endswith("_mini")])
+def test_every_mini_is_drawn(name: str, eulerstack: Run, tmp_path: Path) -> None:
+    done = eulerstack("explain", name, "--picture", str(tmp_path / "x.svg"))
+    assert done.exit_code == 0, done.output
+    assert name in texts((tmp_path / "x.svg").read_text())
