@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from .block import Block
@@ -281,6 +282,17 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORED).sum().clamp(min=1)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Modules made under it leave their weights undrawn: meta tensors have none, yet PyTorch would take 2 s to draw."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
+
+
 def build(
     spec: StackSpec,
     device: torch.device | str = "cpu",
@@ -296,7 +308,7 @@ def build(
     if dtype not in (*DTYPES.values(), torch.float64):
         raise ValueError(f"dtype = {dtype!r}: give torch.float32, torch.bfloat16, torch.float16 or torch.float64")
     check_name(kernels)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         stack = Stack(spec, Target(kernels, torch.device(device).type, dtype))
     stack.to(dtype)
     if torch.device(device).type != "meta":
