@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "checkpoint": {"model", "spec", "tokens"},
     "inference": {"kernels", "model", "segments", "state"},
     "training": {"checkpoint", "model", "segments", "spec", "tokens"},
-    "cli": {"checkpoint", "costs", "inference", "spec", "tokens", "training"},
+    "cli": {"checkpoint", "costs", "inference", "kernels", "spec", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}, "pydantic": {"spec"}}
 FOREIGN |= {name: {"kernels"} for name in ("numba", "triton", "fla", "mamba_ssm", "causal_conv1d", "flash_attn")}

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..spec import AttentionSpec, BranchedSpec, LayerSpec, Mamba1Spec, StackSpec, ahead, dump, expand, load
 from ..spec.base import Block
 
@@ -28,7 +28,12 @@ def compiled(spec: StackSpec, source: str, settings: tuple[str, ...]) -> dict[st
     model = spec.model.model_dump(mode="json")
     model |= {"n_kv_heads": spec.model.kv_heads, "head_dim": spec.model.d_model // spec.model.n_heads}
     digest = hashlib.sha256(dump(spec).encode()).hexdigest()
-    origin = {"source": Path(source).name, "settings": list(settings), "spec_sha256": digest, "eulerstack": __version__}
+    origin = {
+        "source": Path(source).name,
+        "settings": list(settings),
+        "spec_sha256": digest,
+        "eulerstack": version("eulerstack"),
+    }
     return {
         "compiled_version": FORMAT,
         "provenance": origin,

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__
 from ..kernels.provider import Target
 from ..kernels.select import survey
 
@@ -18,7 +17,9 @@ PACKAGES = ("torch", "lightning", "numpy", "pydantic", "numba", "triton")
 def doctor() -> None:
     """Versions, the device, and a table of providers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"eulerstack {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    print(
+        f"eulerstack {version('eulerstack')}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     print(f"device: {_device()}\n")
     table = Table(box=None, pad_edge=False)
