@@ -17,9 +17,8 @@ PACKAGES = ("torch", "lightning", "numpy", "pydantic", "numba", "triton")
 def doctor() -> None:
     """Versions, the device, and a table of providers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(
-        f"eulerstack {version('eulerstack')}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    )
+    system = f"{platform.system()} {platform.machine()}"
+    print(f"eulerstack {version('eulerstack')}, Python {platform.python_version()}, {system}")
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     print(f"device: {_device()}\n")
     table = Table(box=None, pad_edge=False)
