@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .kernels.provider import Target
 from .layers.channels import ffn_flops, init_ffn, make_ffn
@@ -31,7 +32,7 @@ class Block(nn.Module):
         super().__init__()
         width = stack.model.d_model
         self.layer, hints = layer, stack.training_hints
-        self.dropout, self.normal = hints.dropout, hints.init == "normal"
+        self.dropout, self.init, self.checkpointing = hints.dropout, hints.init, hints.checkpointing
         self.mixer: Mixer[LayerState] = make_mixer(layer.mixer, stack, target)
         self.ffn = make_ffn(layer.ffn, width, layer.hidden)
         one_norm = self.ffn is None or layer.residual.type == "parallel"
@@ -42,6 +43,12 @@ class Block(nn.Module):
         self.ffn_out_norm = make_norm(layer.norm, width) if sandwich and not one_norm else None
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
+        if self.checkpointing == "block" and self.training and torch.is_grad_enabled():
+            y: tuple[Tensor, Routing | None] = checkpoint(self._forward, x, segments, use_reentrant=False)
+            return y
+        return self._forward(x, segments)
+
+    def _forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
         if self._span(x) is not None and not isinstance(self.ffn, MoE):
             state = self.mixer.init_state(x.shape[0], 0, x.device, x.dtype)
             return self._spans(x, state, segments, None, self._drop)[0], None
@@ -133,5 +140,5 @@ class Block(nn.Module):
                 norm.reset_parameters()
         if self.ffn is not None:
             init_ffn(self.ffn, out_scale)
-        if self.normal:
+        if self.init == "normal":
             draw_normal(self, out_scale)

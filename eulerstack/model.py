@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from .block import Block
 from .kernels.precision import wide
@@ -220,11 +219,8 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """The residual stream after the last layer, and how each mixture of experts routed."""
         x, routings = self._embedded(tokens), {}
-        again = self.spec.training_hints.checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            x, routing = (
-                recomputed(form, block, x, segments, use_reentrant=False) if again else form(block, x, segments)
-            )
+            x, routing = form(block, x, segments)
             if routing is not None:
                 routings[index] = routing
         return x, routings

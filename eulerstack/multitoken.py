@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .block import Block
 from .kernels.provider import Target
 from .layers.ffn import init_linear
+from .layers.init import draw_normal
 from .layers.moe import Routing
 from .layers.norm import Norm, make_norm
 from .segments import IGNORED, Segments
@@ -19,7 +20,7 @@ class Ahead(nn.Module):
 
     def __init__(self, plan: tuple[LayerSpec, ...], norm: NormSpec, stack: StackSpec, target: Target) -> None:
         super().__init__()
-        width = stack.model.d_model
+        width, self.init = stack.model.d_model, stack.training_hints.init
         self.stream_norm, self.token_norm = make_norm(norm, width), make_norm(norm, width)
         self.proj = nn.Linear(2 * width, width, bias=False)
         self.layers = nn.ModuleList(Block(layer, stack, target) for layer in plan)
@@ -47,6 +48,8 @@ class Ahead(nn.Module):
         for norm in norms:
             norm.reset_parameters()
         init_linear(self.proj)
+        if self.init == "normal":
+            draw_normal(self.proj, 1.0)
         for block in self.blocks:
             block.reset_parameters(out_scale)
 

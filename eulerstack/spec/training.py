@@ -47,8 +47,8 @@ class TrainingHints(Block):
     """mixer draws weights as each mixer's paper does, normal draws linear weights from N(0, 0.02)."""
     dropout: Beta = 0.0
     """Share of what each sublayer adds to the residual stream that training drops."""
-    checkpointing: bool = False
-    """Compute each layer again in the backward instead of keeping its activations."""
+    checkpointing: Literal["none", "block"] = "none"
+    """block computes each layer again in the backward instead of keeping its activations."""
     router_aux_loss_coef: Annotated[float, Field(ge=0, le=100)] = 0.01
     """Weight of the load-balancing loss of experts without a load_balance_coef of their own."""
     optimizer: Literal["adamw", "hybrid", "muon"] = "adamw"
@@ -65,7 +65,7 @@ class TrainingHints(Block):
     """On the learning rate of routers."""
     optimizer_groups: Annotated[tuple[GroupSpec, ...], Field(strict=False, max_length=1000)] = ()
     """Parameters that train otherwise, by name."""
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    grad_clip: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     """Largest gradient norm; null clips nothing."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How all learning rates fall after warm-up; wsd only at the end."""

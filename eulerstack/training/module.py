@@ -26,7 +26,7 @@ class StackModule(L.LightningModule):
         init: `mixer` draws each mixer's weights as its paper does, `normal` linear weights from N(0, 0.02). This and
             all below but the last two are the spec's training_hints unless given.
         dropout: share of what each sublayer adds to the residual stream.
-        checkpointing: compute each layer again in the backward, for less memory.
+        checkpointing: `block` computes each layer again in the backward, for less memory; `none` does not.
         router_aux_loss_coef: load_balance_coef of each mixture of experts without its own.
         optimizer: `adamw`, `hybrid` (Muon for the hidden matrices) or `muon` (for every matrix).
         lr_peak: AdamW's learning rate after warm-up.
@@ -51,7 +51,7 @@ class StackModule(L.LightningModule):
         spec: str | Path | StackSpec,
         init: str | None = None,
         dropout: float | None = None,
-        checkpointing: bool | None = None,
+        checkpointing: str | None = None,
         router_aux_loss_coef: float | None = None,
         optimizer: str | None = None,
         lr_peak: float | None = None,

@@ -97,11 +97,23 @@ class Kept:
         return tensor
 
 
+AHEAD = "{type: causal_lm_mtp, mtp: {head_template: r, n_predict: 2}}"
+SIDE = "{type: branched, branched: {branches: {n: {type: attention}, f: {type: mamba, mamba: {head_dim: 8}}}}}"
+SHAPED = {
+    "mixers": FILE,
+    "ahead": FILE.replace("{type: causal_lm}", AHEAD),
+    "shared": FILE.replace("{type: hyena}", SIDE).replace("k w h}]", "k w}, {template: h, repeat: 2, shared: s}]"),
+}
+
+
 @pytest.mark.parametrize("dropout", ["", ", dropout: 0.3"])
-def test_checkpointing_keeps_less_and_changes_no_gradient(dropout: str) -> None:
+@pytest.mark.parametrize("shape", SHAPED)
+def test_checkpointing_keeps_less_and_changes_no_gradient(shape: str, dropout: str) -> None:
     found, kept = [], []
-    for hints in ("checkpointing: false", "checkpointing: true"):
-        model, count = stack(hints + dropout), Kept()
+    for policy in ("none", "block"):
+        torch.manual_seed(0)
+        text = SHAPED[shape] % ("", "", f"checkpointing: {policy}{dropout}")
+        model, count = es.build(es.loads(text), dtype=torch.float64), Kept()
         with torch.autograd.graph.saved_tensors_hooks(count.note, lambda t: t):
             total = loss(model)
         kept.append(count.elements)
@@ -255,7 +267,7 @@ def rated(hints: str) -> list[float]:
         ("schedule: wsd, warmup_steps_ratio: 0.6, decay_steps_ratio: 0.6", "more than there are"),
         ("optimizer_groups: [{match: '*'}]", "neither lr_multiplier nor weight_decay"),
         ("optimizer: sgd", "'sgd' is not one of adamw, hybrid, muon"),
-        ("checkpointing: 1", "neither true nor false"),
+        ("checkpointing: true", "true is not one of none, block"),
     ],
 )
 def test_hints_that_mean_nothing_are_refused(hints: str, message: str) -> None:
