@@ -31,7 +31,8 @@ class Attention(CachedAttention[KVState]):
         self.logits = LogitsOf(spec, stack, self.key_dim**-0.5)
         self.measures = self.logits.slopes is not None
         sizes = {"head_dim": self.key_dim, "value_dim": self.key_dim}
-        self.choices = (select("attention", target, sinks=spec.attention_sinks is not None, **sizes),)
+        needs = {"sinks": spec.attention_sinks is not None, "capped_drop": bool(spec.attn_drop and spec.logit_softcap)}
+        self.choices = (select("attention", target, **needs, **sizes),)
         self.ops = self.choices[0].kernels
         rotary = stack.embedding.positional == "rope"
         self.rope = make_rope(stack.embedding, model.max_seq_len, self.key_dim) if rotary else None

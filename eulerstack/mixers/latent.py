@@ -33,7 +33,8 @@ class LatentAttention(CachedAttention[LatentState]):
         self.logits = LogitsOf(spec, stack, (self.key_dim + self.turned) ** -0.5)
         self.measures = self.logits.slopes is not None
         sizes = {"head_dim": self.key_dim + self.turned, "value_dim": self.key_dim}
-        self.choices = (select("attention", target, sinks=spec.attention_sinks is not None, **sizes),)
+        needs = {"sinks": spec.attention_sinks is not None, "capped_drop": bool(spec.attn_drop and spec.logit_softcap)}
+        self.choices = (select("attention", target, **needs, **sizes),)
         self.ops = self.choices[0].kernels
         heads_width = self.heads * self.key_dim
         self.q_proj = nn.Linear(model.d_model, self.heads * (self.key_dim + self.turned), bias=False)

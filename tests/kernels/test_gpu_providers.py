@@ -238,7 +238,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "ssd": {"numbers": 64},
     "selective_scan": {"numbers": 16},
     "conv": {"width": 4, "channels": 64},
-    "attention": {"head_dim": 64, "value_dim": 64, "sinks": False},
+    "attention": {"head_dim": 64, "value_dim": 64, "sinks": False, "capped_drop": False},
 }
 REFUSED = [
     ("ssd", "mamba_ssm", torch.float64, {}, "has no float64"),
@@ -248,6 +248,7 @@ REFUSED = [
     ("conv", "causal_conv1d", torch.float32, {"channels": 12}, "multiples of 8 channels, not 12"),
     ("attention", "flash_attn", torch.float32, {}, "float16 and bfloat16, not float32"),
     ("attention", "flash_attn", torch.bfloat16, {"sinks": True}, "no attention sinks"),
+    ("attention", "flash_attn", torch.bfloat16, {"capped_drop": True}, r"no attention weights \(attn_drop\) under"),
     ("attention", "flash_attn", torch.bfloat16, {"head_dim": 96}, "not 96 and 64"),
     ("attention", "flash_attn", torch.bfloat16, {"head_dim": 512, "value_dim": 512}, "heads of up to 256"),
 ]

@@ -49,12 +49,16 @@ def whole(
     return out
 
 
-def refuses(target: Target, *, head_dim: int, value_dim: int, sinks: bool, **needs: Any) -> str | None:
+def refuses(
+    target: Target, *, head_dim: int, value_dim: int, sinks: bool, capped_drop: bool, **needs: Any
+) -> str | None:
     """What the kernels were compiled for."""
     if target.dtype not in (torch.float16, torch.bfloat16):
         return f"has float16 and bfloat16, not {str(target.dtype).removeprefix('torch.')}"
     if sinks:
         return "has no attention sinks"
+    if capped_drop:
+        return "drops no attention weights (attn_drop) under a logit_softcap"
     if head_dim != value_dim or head_dim > 256 or head_dim % 8:
         return f"takes heads of up to 256 channels, in eights, as many in values; not {head_dim} and {value_dim}"
     return on_gpu(target)
