@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .block import Block
+from .groups import check_groups
 from .kernels.precision import wide
 from .kernels.provider import Target
 from .kernels.select import check_name
@@ -298,7 +299,8 @@ def build(
     """The stack of a spec, with freshly drawn weights (none on the meta device).
 
     dtype: model.dtype by default; decays, dt biases and recurrent states stay at least float32 whatever it is.
-    kernels: a provider's name for all operations, or `auto`. Raises ValueError for a provider that cannot serve.
+    kernels: a provider's name for all operations, or `auto`. Raises ValueError for a provider that cannot serve,
+    and for optimizer_groups that match no parameter.
     """
     dtype = DTYPES[spec.model.dtype] if dtype is None else dtype
     if dtype not in (*DTYPES.values(), torch.float64):
@@ -306,6 +308,7 @@ def build(
     check_name(kernels)
     with torch.device("meta"), _Undrawn():
         stack = Stack(spec, Target(kernels, torch.device(device).type, dtype))
+    check_groups([name for name, _ in stack.named_parameters()], spec.training_hints.optimizer_groups)
     stack.to(dtype)
     if torch.device(device).type != "meta":
         stack.to_empty(device=device).reset_parameters()

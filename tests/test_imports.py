@@ -13,15 +13,16 @@ MAY_IMPORT = {
     "kernels": {"segments"},
     "layers": {"kernels", "segments", "spec"},
     "mixers": {"kernels", "layers", "segments", "spec", "state"},
+    "groups": {"spec"},
     "block": {"kernels", "layers", "mixers", "segments", "spec", "state"},
     "multitoken": {"block", "kernels", "layers", "segments", "spec"},
-    "model": {"multitoken", "block", "kernels", "layers", "segments", "spec", "state"},
+    "model": {"multitoken", "block", "groups", "kernels", "layers", "segments", "spec", "state"},
     "builder": {"model", "spec"},
     "testing": {"builder", "kernels", "mixers", "segments", "spec", "state"},
     "costs": {"block", "model", "spec"},
     "checkpoint": {"model", "spec", "tokens"},
     "inference": {"kernels", "model", "segments", "state"},
-    "training": {"checkpoint", "model", "segments", "spec", "tokens"},
+    "training": {"checkpoint", "groups", "model", "segments", "spec", "tokens"},
     "cli": {"checkpoint", "costs", "inference", "kernels", "spec", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}, "pydantic": {"spec"}}

@@ -15,7 +15,7 @@ from ..model import Stack, build
 from ..segments import IGNORED
 from ..spec import StackSpec, TrainingHints, dump, load, loads, with_hints
 from .data import Batch, TextData
-from .optim import check_groups, make_optimizer, make_schedule
+from .optim import make_optimizer, make_schedule
 
 
 class StackModule(L.LightningModule):
@@ -79,9 +79,8 @@ class StackModule(L.LightningModule):
         self._built: Stack | None = None
         self._clock: float | None = None
         self._loads: dict[int, Tensor] = {}
-        if groups := self.spec.training_hints.optimizer_groups:
-            names = [name for name, _ in build(self.spec, "meta", kernels=kernels).named_parameters()]
-            check_groups(names, groups)
+        if self.spec.training_hints.optimizer_groups:
+            build(self.spec, "meta", kernels=kernels)  # refuses groups that match nothing before any data are read
 
     @property
     def model(self) -> Stack:

@@ -2,25 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..spec import GroupSpec, TrainingHints
+from ..groups import decays, group_of
+from ..spec import TrainingHints
 
-UNDECAYED = ("bias", "A_log", "D", "dt_bias", "gamma", "sinks", "decay", "bonus", "mix_k", "mix_v", "mix_r")
 ROUTER = "router_proj.weight"
-
-Named = list[tuple[str, nn.Parameter]]
-
-
-def decays(name: str) -> bool:
-    """Whether a parameter decays: all but biases, norms, decays and mixes. By name: marks on tensors get lost."""
-    *owners, last = name.split(".")
-    return last not in UNDECAYED and not any(owner.endswith("norm") for owner in owners)
+MATRICES = ("proj.weight", "embedding.weight", "head.weight")
 
 
 class Recipe(NamedTuple):
@@ -78,7 +70,7 @@ def recipe_of(name: str, parameter: nn.Parameter, hints: TrainingHints) -> Recip
     """By the optimizer, then the first group whose glob matches; a router's learning rate by its multiplier as well."""
     muon = to_muon(name, parameter.dim(), hints.optimizer)
     lr, decay = (hints.muon.lr, hints.muon.weight_decay) if muon else (hints.lr_peak, hints.weight_decay)
-    group = next((g for g in hints.optimizer_groups if fnmatchcase(name, g.match)), None)
+    group = group_of(name, hints.optimizer_groups)
     if group is not None:
         lr, decay = lr * group.lr_multiplier, decay if group.weight_decay is None else group.weight_decay
     if name.endswith(ROUTER):
@@ -87,28 +79,12 @@ def recipe_of(name: str, parameter: nn.Parameter, hints: TrainingHints) -> Recip
 
 
 def to_muon(name: str, dims: int, optimizer: str) -> bool:
-    """Whether Muon trains a parameter: `muon` every 2-D weight, `hybrid` the layers' projections but routers."""
+    """Whether Muon trains a parameter: `muon` every matrix, `hybrid` the layers' projections but routers."""
     if dims != 2 or optimizer == "adamw":
         return False
     if optimizer == "muon":
-        return name.endswith(".weight")
-    return name.endswith("_proj.weight") and not name.endswith(ROUTER)
-
-
-def check_groups(names: list[str], groups: tuple[GroupSpec, ...]) -> None:
-    """Raises ValueError for a group that changes no parameter."""
-    left = names
-    for i, group in enumerate(groups):
-        won = [name for name in left if fnmatchcase(name, group.match)]
-        left = [name for name in left if not fnmatchcase(name, group.match)]
-        where = f"training_hints.optimizer_groups.{i}.match = {group.match!r}"
-        if not won and any(fnmatchcase(name, group.match) for name in names):
-            raise ValueError(f"{where}: an entry before it has all the parameters it matches; put it first")
-        if not won:
-            shown = ", ".join(names[:: max(1, len(names) // 5)][:6])
-            raise ValueError(f"{where} matches no parameter; some names are {shown}")
-        if group.weight_decay is not None and not any(decays(name) for name in won):
-            raise ValueError(f"{where} has a weight_decay, but matches only norms, biases and decays, which have none")
+        return name.endswith(MATRICES)
+    return name.endswith("proj.weight") and not name.endswith(ROUTER)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, hints: TrainingHints) -> LambdaLR:

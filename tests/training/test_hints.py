@@ -1,7 +1,6 @@
 """Every training hint acts: in the weights, the loss, the memory, the optimizer or the schedule; or it is refused."""
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 import eulerstack as es
+from eulerstack.groups import decays
+from eulerstack.layers.precision import FullPrecision
 from eulerstack.spec import TrainingHints, with_hints
 from eulerstack.training.module import StackModule
 from eulerstack.training.optim import make_optimizer, make_schedule
@@ -163,9 +164,16 @@ def test_muon_takes_matrices_and_adamw_the_rest(kind: str) -> None:
     assert groups["layers.3.mixer.q_proj.weight"]["lr"] == 0.05
     assert ("embedding.weight" in muon) == ("layers.2.ffn.router_proj.weight" in muon) == (kind == "muon")
     assert not any(name.endswith(("bias", "A_log", "D")) or "norm" in name for name in muon)
-    model = stack()
-    count = Counter(name in muon for name, _ in model.named_parameters())
-    assert count[True] and count[False]
+    assert not any("conv" in name or "experts" in name for name in muon)  # kernels of a channel each; stacked
+    assert {name for name in groups if name.endswith("o_proj.weight")} <= muon
+
+
+def test_what_is_kept_in_float32_never_decays() -> None:
+    model = es.build(es.load("every_mixer_mini"), "meta")
+    rooms = [room for room in model.modules() if isinstance(room, FullPrecision)]
+    apart = {id(p) for room in rooms for p in room.parameters()}
+    assert len(apart) > 5
+    assert not [name for name, p in model.named_parameters() if id(p) in apart and decays(name)]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "hybrid", "muon"])
@@ -217,9 +225,11 @@ def test_groups_by_name_and_routers_by_their_multiplier() -> None:
         ([{"match": "*.bias", "weight_decay": 0.5}], "matches only norms, biases and decays"),
     ],
 )
-def test_groups_that_change_nothing_are_refused_when_the_run_is_made(groups: list[Any], message: str) -> None:
+def test_groups_that_change_nothing_are_refused_when_the_stack_is_built(groups: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StackModule(spec(), optimizer_groups=groups)
+    with pytest.raises(ValueError, match=message):
+        es.build(with_hints(spec(), {"optimizer_groups": groups}), "meta")
 
 
 SHAPES = {

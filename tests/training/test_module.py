@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import eulerstack as es
+from eulerstack.groups import decays
 from eulerstack.training.callbacks import draw_loss
-from eulerstack.training.optim import decays
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
