@@ -7,7 +7,7 @@ from .extensions import ExtensionSpec, register
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
 from .json_schema import schema
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
-from .load import dump, from_data, load, loads, presets, with_hints
+from .load import dump, from_data, hint_places, load, loads, presets, with_hints
 from .mixers import (
     AttentionSpec,
     BranchedSpec,
@@ -72,6 +72,7 @@ __all__ = [
     "dump",
     "expand",
     "from_data",
+    "hint_places",
     "idle_hints",
     "load",
     "loads",

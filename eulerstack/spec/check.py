@@ -271,7 +271,8 @@ def _training(spec: "StackSpec") -> Iterator[Problem]:
 
 def idle_hints(spec: "StackSpec", optimizer: str, schedule: str) -> dict[str, tuple[str, str]]:
     """Training hints without an effect in this stack, with this optimizer and schedule: why, and what to do."""
-    ffns = [template.ffn for template in spec.layer_templates.values()]
+    unused = unused_templates(spec)
+    ffns = [template.ffn for name, template in spec.layer_templates.items() if name not in unused]
     moes = [ffn.moe for ffn in ffns if isinstance(ffn, MoEFFNSpec)]
     idle = {}
     if optimizer == "adamw":
@@ -281,10 +282,8 @@ def idle_hints(spec: "StackSpec", optimizer: str, schedule: str) -> dict[str, tu
     if schedule == "constant":
         idle["lr_floor_ratio"] = "a constant learning rate falls to no floor", "remove it, or write another schedule"
     if not moes:
-        idle["router_lr_multiplier"] = "no template has a mixture of experts", "remove it, or write ffn: {type: moe}"
+        idle["router_lr_multiplier"] = "no layer has a mixture of experts", "remove it, or write ffn: {type: moe}"
     if all(moe.load_balance_coef is not None for moe in moes):
-        whose = (
-            "each mixture of experts has its own load_balance_coef" if moes else "no template has a mixture of experts"
-        )
-        idle["router_aux_loss_coef"] = whose, "remove it"
+        why = "each mixture of experts has its own load_balance_coef" if moes else "no layer has a mixture of experts"
+        idle["router_aux_loss_coef"] = why, "remove it"
     return idle

@@ -150,6 +150,13 @@ def _data(spec: StackSpec) -> dict[str, Any]:
     return data
 
 
+def hint_places(source: str | FilePath) -> dict[str, str]:
+    """Where a stack file writes its training_hints: FILE:LINE by key, those of `muon` as muon.KEY."""
+    text, file = _read(FilePath(source))
+    places = parse(text, file).places.items()
+    return {dotted(path[1:]): f"{file}:{line}" for path, (line, _) in places if path[:1] == ("training_hints",)}
+
+
 def presets() -> dict[str, FilePath]:
     """The shipped presets, by name."""
     return {file.stem: file for folder in PRESET_DIRS for file in sorted(folder.glob("*.yml"))}

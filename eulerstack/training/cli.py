@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from ..spec import load
+from ..spec import hint_places, load
 from .callbacks import Export
 from .data import TextData
 from .module import StackModule
@@ -49,7 +49,8 @@ class StackCLI(LightningCLI):
         assert isinstance(self.model, StackModule)
         options = {"seed": self._get(self.config, "seed_everything"), "grad_clip": self.trainer.gradient_clip_val}
         given = {key: value for key, value in options.items() if value is not None and value is not False}
-        print(table(self.model.written, self.model.spec, self.model.changes, given))
+        places = hint_places(self._get(self.config, "model")["spec"])
+        print(table(self.model.spec, places, self.model.changes, given))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")

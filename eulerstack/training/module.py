@@ -73,8 +73,8 @@ class StackModule(L.LightningModule):
         self.changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if grad_clip == 0:
             self.changes["grad_clip"] = None
-        self.written, self.weights = _spec_and_weights(spec, settings or [])
-        self.spec = with_hints(self.written, self.changes)
+        spec, self.weights = _spec_and_weights(spec, settings or [])
+        self.spec = with_hints(spec, self.changes)
         self.kernels = kernels
         self._built: Stack | None = None
         self._clock: float | None = None

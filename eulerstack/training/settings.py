@@ -1,38 +1,37 @@
 """What a run trains with: each setting, its value, and where that came from."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ..spec import GroupSpec, StackSpec, idle_hints
 
-Row = tuple[str, str, str]
 
-
-def table(written: StackSpec, spec: StackSpec, changes: dict[str, Any], options: dict[str, Any]) -> str:
+def table(spec: StackSpec, places: dict[str, str], changes: dict[str, Any], options: dict[str, Any]) -> str:
     """A line for every training hint that acts in `spec`.
 
-    `written` is the stack's file, `changes` the hints that the command line put in place of the file's, and `options`
+    `places` says where the stack file has its hints, `changes` what the command line put in their place, and `options`
     what its other options put in place of both.
     """
-    rows = list(_rows(written, spec, changes, options))
-    key, value = (max(len(row[i]) for row in rows) for i in range(2))
-    return "\n".join(f"{row[0]:{key}}  {row[1]:{value}}  {row[2]}" for row in rows)
+    origins = {key: f"training_hints, {place}" for key, place in places.items()}
+    origins |= dict.fromkeys((*_flat(changes), *options), "command line")
+    rows = [(key, _plain(options.get(key, value)), origins.get(key, "default")) for key, value in _acting(spec)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in rows)
 
 
-def _rows(written: StackSpec, spec: StackSpec, changes: dict[str, Any], options: dict[str, Any]) -> Iterator[Row]:
-    hints, file = spec.training_hints, written.training_hints
-    given = changes.keys() | options.keys()
+def _acting(spec: StackSpec) -> Iterator[tuple[str, Any]]:
+    hints = spec.training_hints
     idle = idle_hints(spec, hints.optimizer, hints.schedule)
     for key, value in hints:
         if key == "muon" and key not in idle:
-            for name, part in hints.muon:
-                yield f"muon.{name}", _plain(part), _origin(name, changes.get(key, ()), file.muon.model_fields_set)
+            yield from ((f"muon.{name}", part) for name, part in hints.muon)
         elif key not in idle:
-            yield key, _plain(options.get(key, value)), _origin(key, given, file.model_fields_set)
+            yield key, value
 
 
-def _origin(key: str, command_line: Container[str], file: Container[str]) -> str:
-    return "command line" if key in command_line else "stack file" if key in file else "default"
+def _flat(changes: dict[str, Any]) -> Iterator[str]:
+    for key, value in changes.items():
+        yield from (f"{key}.{name}" for name in value) if key == "muon" else (key,)
 
 
 def _plain(value: object) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 import eulerstack as es
 from eulerstack.groups import decays
 from eulerstack.layers.precision import FullPrecision
-from eulerstack.spec import TrainingHints, with_hints
+from eulerstack.spec import TrainingHints, hint_places, with_hints
 from eulerstack.training.module import StackModule
 from eulerstack.training.optim import make_optimizer, make_schedule
 from eulerstack.training.settings import table
@@ -287,7 +287,7 @@ def test_hints_that_mean_nothing_are_refused(hints: str, message: str) -> None:
 
 def test_hints_of_experts_need_experts() -> None:
     text = (FILE % ("", "", "router_lr_multiplier: 0.5")).replace("type: moe, moe: {experts: 4, top_k: 2}", "type: mlp")
-    with pytest.raises(es.SpecError, match="no template has a mixture of experts"):
+    with pytest.raises(es.SpecError, match="no layer has a mixture of experts"):
         es.loads(text)
 
 
@@ -298,15 +298,23 @@ def test_any_recipe_is_dumped_and_loads_equal(changes: dict[str, Any]) -> None:
     assert changed.training_hints == TrainingHints(**{"dropout": 0.1, **changes})
 
 
-def test_the_table_says_where_each_setting_comes_from() -> None:
-    module = StackModule(spec("lr_peak: 0.01, schedule: linear"), dropout=0.2, optimizer="hybrid")
-    lines = [line.split() for line in table(module.written, module.spec, module.changes, {"seed": 7}).splitlines()]
-    found = {words[0]: (words[1], " ".join(words[2:])) for words in lines}
-    assert found["lr_peak"] == ("0.01", "stack file")
+def test_the_table_says_where_each_setting_comes_from(tmp_path: Path) -> None:
+    hints = "lr_peak: 0.01, dropout: 0.1,\n  optimizer: muon, muon: {momentum: 0.9}, schedule: linear"
+    file = tmp_path / "t.yml"
+    file.write_text(FILE % ("", "", hints))
+    module = StackModule(file, dropout=0.2, optimizer="hybrid", muon={"lr": 0.01})
+    lines = table(module.spec, hint_places(file), module.changes, {"seed": 7}).splitlines()
+    found = {words[0]: (words[1], " ".join(words[2:])) for words in map(str.split, lines)}
+    line = 1 + FILE[: FILE.index("training_hints")].count("\n")
+    assert found["lr_peak"] == ("0.01", f"training_hints, {file}:{line}")
+    assert found["schedule"] == ("linear", f"training_hints, {file}:{line + 1}")
+    assert found["muon.momentum"] == ("0.9", f"training_hints, {file}:{line + 1}")
+    assert found["muon.lr"] == ("0.01", "command line")
+    assert found["optimizer"] == ("hybrid", "command line")
     assert found["dropout"] == ("0.2", "command line")
     assert found["seed"] == ("7", "command line")
     assert found["weight_decay"] == ("0.1", "default")
-    assert found["muon.lr"] == ("0.02", "default")
+    assert found["muon.ns_steps"] == ("5", "default")
     assert "decay_steps_ratio" not in found  # linear has none
 
 
