@@ -77,6 +77,7 @@ class StackModule(L.LightningModule):
         self.spec = with_hints(spec, self.changes)
         self.kernels = kernels
         self._built: Stack | None = None
+        self._seed = torch.initial_seed()
         self._clock: float | None = None
         self._loads: dict[int, Tensor] = {}
         if self.spec.training_hints.optimizer_groups:
@@ -105,6 +106,10 @@ class StackModule(L.LightningModule):
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
         return logits
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        """What a batch drops depends on the run's seed and the batch's number only: a resumed run drops the same."""
+        torch.manual_seed((self._seed + self.trainer.fit_loop.total_batch_idx) % (1 << 63))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss, parts = self.model.losses(batch.tokens, batch.targets, batch.segments())
@@ -178,10 +183,11 @@ class StackModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stack"] = dump(self.spec)
         checkpoint["router_loads"] = self._loads
+        checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the run to resume had another stack, or another recipe."""
-        self._loads = checkpoint["router_loads"]
+        self._loads, self._seed = checkpoint["router_loads"], checkpoint["seed"]
         was = loads(checkpoint["stack"])
         if was == self.spec:
             return

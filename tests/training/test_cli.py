@@ -13,6 +13,8 @@ import pytest
 import eulerstack as es
 
 RUN = [sys.executable, "-m", "eulerstack"]
+DRAWING = ("optimizer=hybrid", "dropout=0.2", "checkpointing=block")
+"""A recipe whose steps draw, and whose optimizer is two."""
 
 
 def eulerstack(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -75,13 +77,14 @@ def test_fit_test_and_generate(stack_file: Path, corpus: Path, tmp_path: Path) -
 def test_killed_and_resumed_is_never_killed_to_the_bit(
     seed: int, stack_file: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    workers = ["--data.workers", "2"] if seed % 2 else []
+    more = ["--data.workers", "2"] if seed % 2 else []
+    more += [f"--model.{word}" for word in DRAWING] if seed % 3 == 2 else []
     steps = 200  # two epochs and a bit
     straight = eulerstack(
-        *fit_words(stack_file, corpus, "straight", steps), *workers, "--trainer.max_epochs", "-1", cwd=tmp_path
+        *fit_words(stack_file, corpus, "straight", steps), *more, "--trainer.max_epochs", "-1", cwd=tmp_path
     )
     assert straight.returncode == 0, straight.stderr
-    words = [*fit_words(stack_file, corpus, "killed", steps), *workers]
+    words = [*fit_words(stack_file, corpus, "killed", steps), *more]
     running = subprocess.Popen(
         [*RUN, *words],
         cwd=tmp_path,

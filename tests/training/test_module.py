@@ -200,3 +200,21 @@ def test_the_loss_curve_joins_the_logs_of_resumed_runs(tmp_path: Path) -> None:
     picture = draw_loss(tmp_path, logs)
     assert picture is not None
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_drops_what_one_that_never_stopped_does(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    hints = {"optimizer": "hybrid", "schedule": "constant", "dropout": 0.3, "checkpointing": "block"}
+
+    def run(steps: int, resume: Path | None = None) -> tuple[list[torch.Tensor], L.Trainer]:
+        if resume is None:
+            L.seed_everything(0, verbose=False)
+        module = es.StackModule(str(stack_file), warmup_steps_ratio=0.0, **hints)  # type: ignore[arg-type]
+        trainer = L.Trainer(max_steps=steps, default_root_dir=tmp_path, limit_val_batches=0, **QUIET)
+        data = es.TextData(str(corpus), seq_len=32, batch_size=4, cache_dir=str(tmp_path / "cache"))
+        trainer.fit(module, data, ckpt_path=resume, weights_only=False)
+        return [weight.detach() for weight in module.model.parameters()], trainer
+
+    straight, _ = run(6)
+    run(3)[1].save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(6, tmp_path / "half.ckpt")
+    assert all(map(torch.equal, resumed, straight))
