@@ -72,17 +72,24 @@ def _named(file: str | None, preset: str | None) -> str:
 
 @cli.command()
 @_file
-def validate(file: str | None, preset: str | None, settings: tuple[str, ...]) -> None:
+@click.option("--report", "realism", is_flag=True, help="Also what is unlikely to be meant: sizes, ratios, budgets.")
+@click.option("--json", "as_data", is_flag=True, help="Print errors and warnings as JSON.")
+def validate(file: str | None, preset: str | None, settings: tuple[str, ...], realism: bool, as_data: bool) -> None:
     """Check a stack file: every problem with its line and its fix.
 
     \b
       eulerstack validate my.yml
       eulerstack validate my.yml --set layer_schedule.0.repeat=24
+      eulerstack validate my.yml --report --json
     """
-    from ..spec import expand, load
+    from .validate import as_json, say
 
-    spec = load(_named(file, preset), settings)
-    print(f"OK: {spec.model.name}, {len(expand(spec))} layers")
+    name = _named(file, preset)
+    if not as_data:
+        return say(name, settings, realism)
+    text, good = as_json(name, settings, realism)
+    print(text)
+    sys.exit(0 if good else 2)
 
 
 @cli.command()

@@ -1,13 +1,13 @@
 """The rules between keys: what Pydantic's fields cannot say one by one."""
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic_core import PydanticCustomError
 
-from .errors import Problem
+from .base import Block, UnknownValueError
+from .errors import Problem, near
 from .extensions import ExtensionMixer
 from .ffn import MoEFFNSpec, NoFFN
 from .mixers import AttentionMixer, AttentionSpec, Mamba2Spec, MambaMixer, Plain, RetNetMixer, side_by_side
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .stack import StackSpec
 
 MAX_LAYERS = 4096
+T = TypeVar("T")
 
 
 def refuse(problems: list[Problem]) -> None:
@@ -28,8 +29,41 @@ def refuse(problems: list[Problem]) -> None:
 
 
 def cross_check(spec: "StackSpec") -> list[Problem]:
-    """Every broken rule of a spec whose fields are right one by one."""
-    return [*_widths(spec), *_tokens(spec), *_head(spec), *_schedule(spec), *_templates(spec), *_training(spec)]
+    """Every broken rule of a spec whose fields are right one by one; those that read a forgotten one are left out."""
+    rules = (_embedding, _scaling, _alibi, _heads, _kv_heads, _vocabulary, _ties, _head, _length, _names, _shared)
+    hints = (_idle, _groups, _decay)
+    return [p for rule in (*rules, _templates, *hints) for p in judged(rule(spec))]
+
+
+def judged(found: Iterator[T]) -> Iterator[T]:
+    """What is found before a forgotten value is read."""
+    try:
+        yield from found
+    except UnknownValueError:
+        return
+
+
+def forget(spec: "StackSpec", paths: Iterable[tuple[str | int, ...]]) -> None:
+    """Take values out of a spec that stand for wrong ones: reading one raises UnknownValueError."""
+    for path in sorted(paths, key=len, reverse=True):
+        held = [spec, *(_reached(spec, path[: i + 1]) for i in range(len(path)))]
+        if isinstance(held[-1], Block) and not isinstance(held[-2], Block):
+            held[-1].__dict__.clear()  # a named block, or an entry of a list
+        else:  # a key; of a word or a number in a list, the key that has the list
+            last = max((i for i, value in enumerate(held[:-1]) if isinstance(value, Block)), default=0)
+            held[last].__dict__.pop(str(path[last]), None)
+
+
+def _reached(value: Any, path: tuple[str | int, ...]) -> Any:
+    """What stands at the path; None where it leads nowhere."""
+    for step in path:
+        if isinstance(value, Block):
+            value = getattr(value, str(step), None)
+        elif isinstance(value, dict):
+            value = value.get(step)
+        else:
+            value = value[step] if isinstance(value, tuple) and isinstance(step, int) and step < len(value) else None
+    return value
 
 
 def unused_templates(spec: "StackSpec") -> list[str]:
@@ -40,7 +74,7 @@ def unused_templates(spec: "StackSpec") -> list[str]:
 
 
 def _problem(key: str, message: str, fix: str) -> Problem:
-    return Problem(key, message, fix, category="Compatibility")
+    return Problem(key, message, fix, "Compatibility")
 
 
 def _divides(key: str, value: int, whole_key: str, whole: int) -> Iterator[Problem]:
@@ -49,17 +83,21 @@ def _divides(key: str, value: int, whole_key: str, whole: int) -> Iterator[Probl
         yield _problem(key, f"{value} does not divide {whole_key} = {whole}", fix)
 
 
-def _widths(spec: "StackSpec") -> Iterator[Problem]:
-    model = spec.model
-    yield from _embedding(spec)
-    yield from _divides("model.n_heads", model.n_heads, "model.d_model", model.d_model)
-    yield from _divides("model.n_kv_heads", model.kv_heads, "model.n_heads", model.n_heads)
+def _heads(spec: "StackSpec") -> Iterator[Problem]:
+    yield from _divides("model.n_heads", spec.model.n_heads, "model.d_model", spec.model.d_model)
 
 
-def _tokens(spec: "StackSpec") -> Iterator[Problem]:
+def _kv_heads(spec: "StackSpec") -> Iterator[Problem]:
+    yield from _divides("model.n_kv_heads", spec.model.kv_heads, "model.n_heads", spec.model.n_heads)
+
+
+def _vocabulary(spec: "StackSpec") -> Iterator[Problem]:
     vocab = spec.model.vocab_size
     if spec.tokenizer_contract.type == "byte" and vocab < 256:
         yield _problem("model.vocab_size", f"{vocab} is less than the byte tokenizer's 256", "write vocab_size: 256")
+
+
+def _ties(spec: "StackSpec") -> Iterator[Problem]:
     tie, head = spec.embedding.tie_word_embeddings, spec.head.tie_weights
     if head is not None and head != tie:
         fix = "give both the same value, or leave head.tie_weights out"
@@ -79,22 +117,30 @@ def _head(spec: "StackSpec") -> Iterator[Problem]:
 def _known(spec: "StackSpec", key: str, template: str) -> Iterator[Problem]:
     names = spec.layer_templates
     if template not in names:
-        near = difflib.get_close_matches(template, names, 1)
-        fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}, or define it"
-        yield _problem(key, f"{template!r} is not one of layer_templates", fix)
+        meant = near(template, names)
+        fix = f"did you mean {meant!r}?" if meant else f"use one of {', '.join(names)}, or define it"
+        message = f"{template!r} is not one of layer_templates"
+        yield Problem(key, message, fix, "Compatibility", value=template, allowed=list(names), near=meant)
 
 
 def _embedding(spec: "StackSpec") -> Iterator[Problem]:
-    embedding, scaling = spec.embedding, spec.embedding.rope_scaling
+    embedding = spec.embedding
     for key in ("rope_theta", "rope_scaling"):
         if key in embedding.model_fields_set and getattr(embedding, key) is not None and not turns(spec):
             fix = f"remove {key}, or set embedding.positional: rope"
             yield _problem(f"embedding.{key}", "no layer uses rotary positions, so it would do nothing", fix)
+
+
+def _scaling(spec: "StackSpec") -> Iterator[Problem]:
+    scaling = spec.embedding.rope_scaling
     if scaling is not None and scaling.type != "yarn" and scaling.original_max_seq_len is not None:
         message = f"{scaling.type} scaling needs no original length, so it would do nothing"
         yield _problem("embedding.rope_scaling.original_max_seq_len", message, "remove it, or write type: yarn")
+
+
+def _alibi(spec: "StackSpec") -> Iterator[Problem]:
     mixers = _mixers(spec)
-    if embedding.positional == "alibi" and not any(isinstance(m, AttentionMixer) for m in mixers):
+    if spec.embedding.positional == "alibi" and not any(isinstance(m, AttentionMixer) for m in mixers):
         fix = "write positional: none, or add a template of attention"
         yield _problem("embedding.positional", "alibi is attention's, and no template has attention", fix)
 
@@ -107,7 +153,7 @@ def turns(spec: "StackSpec") -> bool:
 
 def _uses(spec: "StackSpec") -> Iterator[Placed]:
     for i, entry in enumerate(spec.layer_schedule):
-        yield from uses(entry, f"layer_schedule.{i}")
+        yield from judged(uses(entry, f"layer_schedule.{i}"))
 
 
 def _mixers(spec: "StackSpec") -> list[Plain | ExtensionMixer]:
@@ -115,18 +161,20 @@ def _mixers(spec: "StackSpec") -> list[Plain | ExtensionMixer]:
     return [m for template in spec.layer_templates.values() for m in side_by_side(template.mixer).values()]
 
 
-def _schedule(spec: "StackSpec") -> Iterator[Problem]:
-    layers = sum(place.layers for place in _uses(spec))
+def _length(spec: "StackSpec") -> Iterator[Problem]:
+    layers = sum(place.layers for i, entry in enumerate(spec.layer_schedule) for place in uses(entry, str(i)))
     if layers > MAX_LAYERS:
         yield _problem("layer_schedule", f"{layers} layers are more than {MAX_LAYERS}", "lower the repeats")
     if layers == 0:
         yield _problem("layer_schedule", "names no layer", f"name templates: {', '.join(spec.layer_templates)}")
+
+
+def _names(spec: "StackSpec") -> Iterator[Problem]:
     for place in _uses(spec):
         yield from _known(spec, place.key, place.template)
         if place.override is not None and place.template in spec.layer_templates:
             key = f"{place.key.removesuffix('.template')}.override"
-            yield from _override(spec.layer_templates[place.template], place, key)
-    yield from _shared(spec)
+            yield from judged(_override(spec.layer_templates[place.template], place, key))
 
 
 def _override(template: "LayerTemplate", place: Placed, key: str) -> Iterator[Problem]:
@@ -165,80 +213,109 @@ def _shared(spec: "StackSpec") -> Iterator[Problem]:
 def _templates(spec: "StackSpec") -> Iterator[Problem]:
     for name, template in spec.layer_templates.items():
         key = f"layer_templates.{name}"
-        for branch, mixer in side_by_side(template.mixer).items():
-            yield from _mixer(spec, mixer, f"{key}.mixer{branch}")
-        yield from _ffn(spec, template, key)
-        yield from _state(template, key)
+        for rule in (_mixers_of, _ffn, _experts, _state):
+            yield from judged(rule(spec, template, key))
 
 
-def _mixer(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
-    width, heads = spec.model.d_model, spec.model.n_heads
-    head_dim = width // heads
-    rope = spec.embedding.positional == "rope"
+def _mixers_of(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
+    for branch, mixer in side_by_side(template.mixer).items():
+        for rule in (_turned, _window, _latent, _values, _mamba, _extension):
+            yield from judged(rule(spec, mixer, f"{key}.mixer{branch}"))
+
+
+def _turned(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
+    """Rotations need an even number of channels."""
+    rope, width, heads = spec.embedding.positional == "rope", spec.model.d_model, spec.model.n_heads
     turned = isinstance(mixer, RetNetMixer) and mixer.retnet.rope
     turned = turned or (isinstance(mixer, AttentionMixer) and rope and mixer.attention.latent_dim is None)
-    if turned and width % heads == 0 and head_dim % 2:
+    if turned and width % heads == 0 and width // heads % 2:
         fix = "choose d_model and n_heads so that d_model / n_heads is even, or do without rope"
-        yield _problem(key, f"rope turns pairs of channels, but a head has {head_dim}", fix)
-    if isinstance(mixer, AttentionMixer):
-        yield from _window(mixer.attention, f"{key}.attention")
-        yield from _latent(mixer.attention, width, rope, f"{key}.attention")
+        yield _problem(key, f"rope turns pairs of channels, but a head has {width // heads}", fix)
+
+
+def _values(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
+    """Values are split over the heads."""
     if isinstance(mixer, RetNetMixer):
-        wanted = mixer.retnet.value_expand * width
-        if abs(wanted - round(wanted)) > 1e-6 * wanted or round(wanted) % heads:
-            message = f"values of {wanted:g} channels cannot be split over {heads} heads"
+        wanted = mixer.retnet.value_expand * spec.model.d_model
+        if abs(wanted - round(wanted)) > 1e-6 * wanted or round(wanted) % spec.model.n_heads:
+            message = f"values of {wanted:g} channels cannot be split over {spec.model.n_heads} heads"
             fix = "choose value_expand so that value_expand * d_model is a multiple of n_heads"
             yield _problem(f"{key}.retnet.value_expand", message, fix)
-    if isinstance(mixer, MambaMixer) and isinstance(mixer.mamba, Mamba2Spec):
-        yield from _mamba(mixer.mamba, width, f"{key}.mamba")
+
+
+def _extension(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
     if isinstance(mixer, ExtensionMixer):
         for problem in mixer.spec.problems(spec):
             yield replace(problem, key=f"{key}.{mixer.type}.{problem.key}", category="Compatibility")
 
 
-def _window(attention: AttentionSpec, key: str) -> Iterator[Problem]:
-    if attention.window_mode == "sliding" and attention.window is None:
-        yield _problem(f"{key}.window_mode", "sliding needs a window", "write `window: N` beside it")
-
-
-def _latent(attention: AttentionSpec, width: int, rope: bool, key: str) -> Iterator[Problem]:
-    latent, rotated = attention.latent_dim, attention.rope_head_dim
-    if latent is None:
-        if rotated is not None:
-            yield _problem(f"{key}.rope_head_dim", "is the latent cache's, and there is no latent_dim", "remove it")
+def _window(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
+    if not isinstance(mixer, AttentionMixer):
         return
-    if latent >= width:
+    if mixer.attention.window_mode == "sliding" and mixer.attention.window is None:
+        yield _problem(f"{key}.attention.window_mode", "sliding needs a window", "write `window: N` beside it")
+
+
+def _latent(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
+    if not isinstance(mixer, AttentionMixer):
+        return
+    if mixer.attention.latent_dim is None:
+        if mixer.attention.rope_head_dim is not None:
+            message = "is the latent cache's, and there is no latent_dim"
+            yield _problem(f"{key}.attention.rope_head_dim", message, "remove it")
+        return
+    for rule in (_latent_width, _latent_rotation, _latent_extras):
+        yield from judged(rule(spec, mixer.attention, f"{key}.attention"))
+
+
+def _latent_width(spec: "StackSpec", attention: AttentionSpec, key: str) -> Iterator[Problem]:
+    latent, width = attention.latent_dim, spec.model.d_model
+    if latent is not None and latent >= width:
         yield _problem(f"{key}.latent_dim", f"{latent} is not below d_model = {width}", f"write {width - 1} or less")
-    if rotated is not None and not rope:
+
+
+def _latent_rotation(spec: "StackSpec", attention: AttentionSpec, key: str) -> Iterator[Problem]:
+    rotated = attention.rope_head_dim
+    if rotated is not None and spec.embedding.positional != "rope":
         yield _problem(f"{key}.rope_head_dim", "nothing is rotated without positional: rope", "remove it")
     elif rotated is not None and rotated % 2:
         yield _problem(f"{key}.rope_head_dim", f"rope turns pairs of channels, not {rotated}", "write an even number")
+
+
+def _latent_extras(spec: "StackSpec", attention: AttentionSpec, key: str) -> Iterator[Problem]:
     for name, what in (("qk_norm", "the latent is normed already"), ("qkv_bias", "its projections have no biases")):
         if getattr(attention, name):
             yield _problem(f"{key}.{name}", f"does not go with latent_dim: {what}", "remove it")
 
 
-def _mamba(mamba: Mamba2Spec, width: int, key: str) -> Iterator[Problem]:
-    inner = mamba.inner_width(width)
-    yield from _divides(f"{key}.head_dim", mamba.head_dim, "expand * d_model", inner)
+def _mamba(spec: "StackSpec", mixer: Plain | ExtensionMixer, key: str) -> Iterator[Problem]:
+    """Mamba-2's inner width is split into heads, and those into groups."""
+    if not isinstance(mixer, MambaMixer) or not isinstance(mixer.mamba, Mamba2Spec):
+        return
+    mamba, inner = mixer.mamba, mixer.mamba.inner_width(spec.model.d_model)
+    yield from _divides(f"{key}.mamba.head_dim", mamba.head_dim, "expand * d_model", inner)
     if inner % mamba.head_dim == 0:
-        yield from _divides(f"{key}.n_groups", mamba.n_groups, "the number of heads", inner // mamba.head_dim)
+        yield from _divides(f"{key}.mamba.n_groups", mamba.n_groups, "the number of heads", inner // mamba.head_dim)
+
+
+def _experts(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
+    ffn = template.ffn
+    if isinstance(ffn, MoEFFNSpec) and ffn.moe.top_k > ffn.moe.experts:
+        message = f"{ffn.moe.top_k} are more than the {ffn.moe.experts} experts"
+        yield _problem(f"{key}.ffn.moe.top_k", message, f"write {ffn.moe.experts} or less")
 
 
 def _ffn(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
     ffn = template.ffn
     if isinstance(ffn, NoFFN):
         return
-    if isinstance(ffn, MoEFFNSpec) and ffn.moe.top_k > ffn.moe.experts:
-        message = f"{ffn.moe.top_k} are more than the {ffn.moe.experts} experts"
-        yield _problem(f"{key}.ffn.moe.top_k", message, f"write {ffn.moe.experts} or less")
     ratio, width = ffn.mlp_ratio or spec.model.mlp_ratio, spec.model.d_model
     if round(ratio * width) < 1:
         own = "model.mlp_ratio" if ffn.mlp_ratio is None else f"{key}.ffn.mlp_ratio"
         yield _problem(own, f"{ratio:g} times d_model = {width} leaves no channel", f"write {1 / width:g} or more")
 
 
-def _state(template: "LayerTemplate", key: str) -> Iterator[Problem]:
+def _state(spec: "StackSpec", template: "LayerTemplate", key: str) -> Iterator[Problem]:
     mixers = side_by_side(template.mixer).values()
     kept = {name for mixer in mixers for name in _keeps(mixer)}
     for name in ("kv_cache", "ssm_state"):
@@ -254,19 +331,26 @@ def _keeps(mixer: "Plain | ExtensionMixer") -> tuple[str, ...]:
     return ("ssm_state",) if mixer.type in ("mamba", "rwkv") else ("kv_cache",)
 
 
-def _training(spec: "StackSpec") -> Iterator[Problem]:
-    hints, key = spec.training_hints, "training_hints"
+def _idle(spec: "StackSpec") -> Iterator[Problem]:
+    hints = spec.training_hints
     for name, (why, fix) in idle_hints(spec, hints.optimizer, hints.schedule).items():
         if name in hints.model_fields_set:
-            yield _problem(f"{key}.{name}", f"{why}, so it would do nothing", fix)
-    for i, group in enumerate(hints.optimizer_groups):
+            yield _problem(f"training_hints.{name}", f"{why}, so it would do nothing", fix)
+
+
+def _groups(spec: "StackSpec") -> Iterator[Problem]:
+    for i, group in enumerate(spec.training_hints.optimizer_groups):
         if not group.model_fields_set & {"lr_multiplier", "weight_decay"}:
             message = f"{group.match!r} gets neither lr_multiplier nor weight_decay"
-            yield _problem(f"{key}.optimizer_groups.{i}", message, "give one of them, or remove the entry")
+            yield _problem(f"training_hints.optimizer_groups.{i}", message, "give one of them, or remove the entry")
+
+
+def _decay(spec: "StackSpec") -> Iterator[Problem]:
+    hints = spec.training_hints
     rising, falling = hints.warmup_steps_ratio, hints.decay_steps_ratio
     if hints.schedule == "wsd" and rising + falling > 1:
         message = f"{falling:g} of the steps decay after {rising:g} of them warm up: more than there are"
-        yield _problem(f"{key}.decay_steps_ratio", message, f"write {1 - rising:g} or less")
+        yield _problem("training_hints.decay_steps_ratio", message, f"write {1 - rising:g} or less")
 
 
 def idle_hints(spec: "StackSpec", optimizer: str, schedule: str) -> dict[str, tuple[str, str]]:

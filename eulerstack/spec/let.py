@@ -1,13 +1,12 @@
 """`let` and ${}: numbers named once in a file, and sums of them wherever a number may stand."""
 
 import ast
-import difflib
 import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from .errors import Problem
+from .errors import Problem, near
 from .yaml import Document, Path, dotted
 
 Number = int | float
@@ -26,6 +25,10 @@ GRAMMAR = "use numbers, let.NAME, + - * / //, signs and parentheses"
 
 class _ExpressionError(Exception):
     """What is wrong with an expression, and its fix."""
+
+
+class _DoubtfulError(Exception):
+    """A number whose own expression is wrong, and said to be."""
 
 
 def fill(document: Document) -> list[str]:
@@ -51,7 +54,7 @@ class _Scope:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.numbers: dict[str, Number] = {}
+        self.numbers: dict[str, Number | None] = {}
         self.used: set[str] = set()
 
     def wrong(self, path: Path, message: str, fix: str) -> None:
@@ -67,7 +70,7 @@ class _Scope:
         elif isinstance(value, bool) or not isinstance(value, int | float):
             if not is_expression(value):  # else it is wrong already
                 self.wrong(path, "is not a number", "write a number, or an expression such as ${let.a * 2}")
-            value = 1
+            value = None
         self.numbers[name] = value
 
     def filled(self, value: Any, path: Path) -> Any:
@@ -83,7 +86,11 @@ class _Scope:
         except _ExpressionError as error:
             message, fix = error.args
             self.wrong(path, f"{_shown(value)}: {message}", fix)
-            return value
+        except _DoubtfulError:
+            pass
+        if path[0] != "let":
+            self.document.doubtful.add(path)
+        return value
 
     def number(self, text: str) -> Number:
         """The expression's value; a whole one is an int, so that 256 / 2 can be a width."""
@@ -115,11 +122,14 @@ class _Scope:
     def named(self, name: str) -> Number:
         self.used.add(name)
         if name in self.numbers:
-            return self.numbers[name]
-        near = difflib.get_close_matches(name, self.numbers, 1)
+            number = self.numbers[name]
+            if number is None:
+                raise _DoubtfulError
+            return number
+        meant = near(name, self.numbers)
         known = ", ".join(f"let.{n}" for n in self.numbers) or "none is named above it"
         raise _ExpressionError(
-            f"let.{name} is not named above it", f"did you mean let.{near[0]}?" if near else f"there is: {known}"
+            f"let.{name} is not named above it", f"did you mean let.{meant}?" if meant else f"there is: {known}"
         )
 
     def combined(self, op: type[ast.operator], left: Number, right: Number) -> Number:

@@ -1,11 +1,9 @@
 """From a file, a preset's name or a text to a StackSpec, and back."""
 
-import difflib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -15,11 +13,15 @@ from pydantic import ValidationError
 from . import refused
 from .change import change
 from .check import idle_hints, turns, unused_templates
-from .errors import Problem, SpecError, SpecWarning
-from .extensions import ExtensionMixer, extended, known
+from .errors import Problem, SpecError, SpecWarning, near
+from .keys import allowed, siblings
 from .let import fill
+from .mend import mend, misspelt_beside
 from .stack import StackSpec
 from .yaml import MAX_BYTES, Document, Path, dotted, parse, read_scalar
+
+LOOKS = 8
+"""How often a wrong file is mended and looked at again."""
 
 PRESET_DIRS = (FilePath(__file__).parents[1] / "presets", FilePath(__file__).parents[2] / "presets")
 """Where the shipped presets are: in the wheel, and in a checkout."""
@@ -33,7 +35,7 @@ def load(source: str | FilePath, settings: Iterable[str] = ()) -> StackSpec:
     """
     text, name = _read(FilePath(source))
     document = parse(text, name)
-    change(document, settings, _siblings)
+    change(document, settings, siblings)
     document.extensions = _recorded(FilePath(source))
     return _validated(document, name)
 
@@ -41,7 +43,7 @@ def load(source: str | FilePath, settings: Iterable[str] = ()) -> StackSpec:
 def loads(text: str, source: str = "spec", settings: Iterable[str] = ()) -> StackSpec:
     """The spec of a YAML text; `source` is what the messages call it, `settings` as in `load`."""
     document = parse(text, source)
-    change(document, settings, _siblings)
+    change(document, settings, siblings)
     return _validated(document, source)
 
 
@@ -81,17 +83,12 @@ def with_hints(spec: StackSpec, changes: dict[str, Any]) -> StackSpec:
 def _validated(document: Document, source: str) -> StackSpec:
     if not isinstance(document.data, dict):
         fix = "a stack file is a mapping that starts with `schema_version: 1` and `model:`"
-        raise SpecError([Problem("", "the file holds no mapping", fix)], source)
+        raise SpecError([Problem("", "the file holds no mapping", fix, "Type", *document.place(()))], source)
     remarks = [f"let.{name} is in no expression" for name in fill(document)]
     document.data = _without_reserved(document.data, (), remarks)
-    problems, spec = document.problems, None
-    try:
-        spec = StackSpec.model_validate(document.data)
-    except ValidationError as error:
-        known = {problem.key for problem in problems}
-        problems = [*problems, *(p for p in _problems(error, document) if p.key not in known)]
-    if spec is None or problems:
-        problems = [_from_outside(problem, document) for problem in problems]
+    spec = _judged(document)
+    if spec is None or document.problems:
+        problems = [_from_outside(problem, document) for problem in document.problems]
         raise SpecError(sorted(problems, key=lambda p: (p.line or 0, p.column or 0)), source)
     remarks += [f"layer_templates.{name} is in no entry of layer_schedule" for name in unused_templates(spec)]
     for remark in remarks:
@@ -105,6 +102,30 @@ def _from_outside(problem: Problem, document: Document) -> Problem:
         if f"{problem.key}.".startswith(f"{dotted(path)}."):
             return replace(problem, place=f"--set {key}", line=None, column=None)
     return problem
+
+
+def _judged(document: Document) -> StackSpec | None:
+    """The spec, unless it has problems, which join the document's: what is wrong is mended to see what lies behind."""
+    for path in tuple(document.doubtful):
+        mend(document, path)
+    for _ in range(LOOKS):
+        try:
+            return StackSpec.model_validate(document.data, context=document.doubtful)
+        except ValidationError as error:
+            if not _mended(error, document):
+                break
+    return None
+
+
+def _mended(error: ValidationError, document: Document) -> bool:
+    """Whether another look may show more than these problems."""
+    found = list(_problems(error, document))
+    document.problems += [problem for _, problem in found]
+    before = document.data
+    for path, problem in sorted(found, key=lambda pair: pair[1].category == "Missing key"):
+        if path and problem.category != "Compatibility":
+            mend(document, path, problem)
+    return bool(document.data != before)
 
 
 def _without_reserved(value: Any, path: Path, remarks: list[str]) -> Any:
@@ -128,6 +149,13 @@ def _is_reserved(key: str, value: Any) -> bool:
             isinstance(value, dict) and (bool(more) or all(isinstance(v, dict) for v in value.values()))
         )
     return first in ("experimental", "future") and (bool(more) or isinstance(value, dict))
+
+
+def placed(source: str | FilePath, problems: list[Problem]) -> list[Problem]:
+    """The problems with the lines and columns of their keys in the file."""
+    document = parse(*_read(FilePath(source)))
+    at = [document.place(_as_path(problem.key, document)) for problem in problems]
+    return [replace(p, line=line, column=column) for p, (line, column) in zip(problems, at, strict=True)]
 
 
 def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
@@ -171,10 +199,10 @@ def _read(path: FilePath) -> tuple[str, str]:
         with path.open(encoding="utf-8") as file:
             return file.read(MAX_BYTES + 1), str(path)
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.stem, presets(), 1)
+        meant = near(path.stem, presets())
         fix = (
-            f"did you mean the preset {near[0]!r}?"
-            if near
+            f"did you mean the preset {meant!r}?"
+            if meant
             else "give a YAML file or a preset's name (`eulerstack presets list`)"
         )
         problem = Problem("", "there is no such file", fix, "File")
@@ -192,16 +220,24 @@ def _recorded(folder: FilePath) -> dict[str, str]:
         return {}
 
 
-def _problems(error: ValidationError, document: Document) -> Iterable[Problem]:
+def _problems(error: ValidationError, document: Document) -> Iterator[tuple[Path, Problem]]:
+    """Each problem and the path where it is mended."""
     for item in error.errors(include_url=False):
         if item["type"] == "too_short" and item["ctx"]["actual_length"] < len(item["input"]):
             continue  # its entries are wrong, and said so
         if item["type"] == "stack":
             for problem in item["ctx"]["problems"]:
                 line, column = document.place(_as_path(problem.key, document))
-                yield Problem(problem.key, problem.message, problem.fix, problem.category, line, column)
-        else:
-            yield _field_problem(item, document)
+                yield (), replace(problem, line=line, column=column)
+        elif item["type"] != "missing" or not misspelt_beside(_written(item["loc"], document), document):
+            path = _written(_location(item), document)
+            problem = _field_problem(item, path, document)
+            yield _place_to_mend(item, path, problem.near), problem
+
+
+def _place_to_mend(item: Any, path: Path, meant: str | None) -> Path:
+    """The key itself; the whole block, where nothing says which of several it is."""
+    return path[:-1] if item["type"].startswith("union_tag") and meant is None else path
 
 
 def _as_path(key: str, document: Document) -> Path:
@@ -211,11 +247,13 @@ def _as_path(key: str, document: Document) -> Path:
 
 def _written(location: tuple[Any, ...], document: Document) -> Path:
     """The path as the file has it: Pydantic puts a union's tag between its keys."""
-    value, path, tagged = document.data, [], False
+    path: list[Any] = []
+    value, tagged = document.data, False
     for step in location:
-        if isinstance(step, str) and step.startswith("<"):
+        if isinstance(step, str) and step.startswith("<") and not (isinstance(value, dict) and step in value):
             continue  # a schedule's tag
-        tagged = not tagged and isinstance(value, dict) and step in (value.get("type"), _variant_of(value))
+        union = (path[-1:] and path[-1] in UNIONS) or path[-2:-1] == ["branches"]
+        tagged = bool(union) and not tagged and isinstance(value, dict) and step in (value.get("type"), _variant(value))
         if tagged or not isinstance(value, dict | tuple | list):
             continue  # a step into what holds nothing is a tag too
         path.append(step)
@@ -226,18 +264,66 @@ def _written(location: tuple[Any, ...], document: Document) -> Path:
     return tuple(path)
 
 
-def _variant_of(value: dict[str, Any]) -> Any:
+UNIONS = ("mixer", "ffn", "tokenizer_contract", "mamba")
+"""Keys whose blocks are one of several."""
+
+
+def _variant(value: dict[str, Any]) -> Any:
     """The tag of a mamba's sub-object: mamba2 unless it says otherwise."""
     return None if "type" in value else value.get("variant", "mamba2")
 
 
-def _field_problem(item: Any, document: Document) -> Problem:
-    path = _written(_location(item), document)
-    line, column = document.place(path)
-    message, fix = _explain(item, path)
+def _field_problem(item: Any, path: Path, document: Document) -> Problem:
+    category, value = _category(item, path), _value(item, path)
+    choice, meant = _choice(item, path, document), _meant(item, path, document)
+    message, fix = _explain(item, path, choice, meant)
     if item["type"] == "union_tag_invalid" and item["ctx"]["tag"] in document.extensions:
         fix = f"{document.extensions[item['ctx']['tag']]}: this checkpoint was made with it"
-    return Problem(dotted(path), message, fix, "Schema", line, column)
+    return Problem(dotted(path), message, fix, category, *document.place(path), None, value, choice, meant)
+
+
+def _category(item: Any, path: Path) -> str:
+    kind, name = item["type"], path[-1] if path else ""
+    if kind == "extra_forbidden":
+        return "Unsupported" if name in refused.KEYS else "Unknown key"
+    if kind in ("missing", "union_tag_not_found"):
+        return "Missing key"
+    if kind == "extension":
+        return "Unsupported"
+    if kind in WORDS:
+        word = _value(item, path)
+        return "Unsupported" if isinstance(word, str) and word in refused.VALUES else "Choice"
+    return "Type" if kind.endswith("_type") or kind == "int_from_float" else "Range"
+
+
+def _value(item: Any, path: Path) -> Any:
+    """The wrong value itself; a missing key has none, and a union's error holds the block around it."""
+    value = item["input"]
+    if item["type"] in ("missing", "union_tag_not_found"):
+        return None
+    return value.get(path[-1]) if item["type"] == "union_tag_invalid" and isinstance(value, dict) else value
+
+
+def _choice(item: Any, path: Path, document: Document) -> list[str] | str:
+    """The keys or words of which one may stand there, or a phrase for what may."""
+    context = item.get("ctx", {})
+    expected = context.get("expected") or context.get("expected_tags")
+    if item["type"] == "extra_forbidden":
+        return siblings(path, document.data)
+    if item["type"] in WORDS and expected:
+        return [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",")]
+    return allowed(path, document.data)
+
+
+def _meant(item: Any, path: Path, document: Document) -> str | None:
+    """The word or key that a misspelt one stands for; a block's type shows in the key of its sub-object too."""
+    choice, value, block = _choice(item, path, document), _value(item, path), item["input"]
+    if item["type"] == "extra_forbidden" and _category(item, path) == "Unknown key":
+        return near(path[-1], choice)
+    if item["type"] not in (*WORDS, "union_tag_not_found") or isinstance(choice, str):
+        return None
+    shown = [word for word in choice if isinstance(block, dict) and word in block]
+    return (shown[0] if shown else None) or (near(value, choice) if isinstance(value, str) else None)
 
 
 def _location(item: Any) -> tuple[Any, ...]:
@@ -248,20 +334,22 @@ def _location(item: Any) -> tuple[Any, ...]:
     return (*location, "variant" if "variant" in item["ctx"]["discriminator"] else "type")
 
 
-def _explain(item: Any, path: Path) -> tuple[str, str]:
-    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+def _explain(item: Any, path: Path, choice: list[str] | str, meant: str | None) -> tuple[str, str]:
+    kind, value, context = item["type"], _value(item, path), item.get("ctx", {})
     name = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
-        return _unknown_key(name, path)
+        return _unknown_key(name, choice, meant)
     if kind in ("missing", "union_tag_not_found"):
-        return "is required and missing", f"add `{name}:`"
-    if kind in ("literal_error", "union_tag_invalid"):
-        value = value.get(name) if kind == "union_tag_invalid" and isinstance(value, dict) else value
-        return _wrong_word(value, context.get("expected") or context["expected_tags"])
+        return "is required and missing", f"add `{name}: {meant or ''}`".replace(": `", ":`")
+    if kind in WORDS:
+        return _wrong_word(value, list(choice), meant)
     if isinstance(value, float) and kind in ("int_type", "int_from_float"):
         return f"{value!r} is not a whole number", "write a whole number"
-    return _WANTED.get(kind, lambda v, c: (f"{v!r}: {item['msg']}", "correct the value"))(value, context)
+    return _WANTED.get(kind, lambda v, c: (f"{_show(v)}: {item['msg']}", "correct the value"))(value, context)
 
+
+WORDS = ("literal_error", "union_tag_invalid")
+"""Pydantic's names for a word that is none of those allowed."""
 
 _WANTED = {
     "int_type": lambda v, c: (f"{_show(v)} is not a whole number", "write a whole number without quotes"),
@@ -300,54 +388,17 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _wrong_word(value: Any, expected: str) -> tuple[str, str]:
-    allowed = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",")]
+def _wrong_word(value: Any, choice: list[str], meant: str | None) -> tuple[str, str]:
+    words = ", ".join(map(str, choice))
     if isinstance(value, str) and value in refused.VALUES:
-        return f"{value!r} {refused.VALUES[value]}", f"use one of {', '.join(allowed)}"
-    near = difflib.get_close_matches(str(value), allowed, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(allowed)}"
-    return f"{_show(value)} is not one of {', '.join(allowed)}", fix
+        return f"{value!r} {refused.VALUES[value]}", f"use one of {words}"
+    return f"{_show(value)} is not one of {words}", f"did you mean {meant!r}?" if meant else f"use one of {words}"
 
 
-def _unknown_key(name: str, path: Path) -> tuple[str, str]:
+def _unknown_key(name: str, choice: list[str] | str, meant: str | None) -> tuple[str, str]:
     if name.partition(".")[0] in ("experimental", "future", "vendor"):
         return "is no key of its own", "write experimental.KEY, future.KEY or vendor.NAME.KEY"
     if name in refused.KEYS:
         return refused.KEYS[name]
-    known = [key for key in _siblings(path) if key != name]
-    near = difflib.get_close_matches(name, known, 1)
-    fix = f"did you mean {near[0]!r}?" if near else f"remove it; the keys here are {', '.join(known)}"
+    fix = f"did you mean {meant!r}?" if meant else f"remove it; the keys here are {', '.join(choice)}"
     return "is not a key of the language here", fix
-
-
-def _siblings(path: Path) -> list[str]:
-    """The keys that may stand where `path` does, read off the JSON Schema's definitions."""
-    schema = _language(tuple(known().items()))
-    node: dict[str, Any] = schema
-    for step in path[:-1]:
-        node = _child(node, step, schema)
-    return sorted({key for part in _alternatives(node, schema) for key in part.get("properties", {})})
-
-
-@cache
-def _language(extensions: tuple[tuple[str, type[ExtensionMixer]], ...]) -> dict[str, Any]:
-    """The models' JSON Schema, with these extensions."""
-    return extended(StackSpec.model_json_schema(), dict(extensions))
-
-
-def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The definitions a schema node stands for."""
-    if "$ref" in node:
-        return [schema["$defs"][node["$ref"].rpartition("/")[2]]]
-    options = node.get("anyOf") or node.get("oneOf")
-    return [node] if not options else [part for option in options for part in _alternatives(option, schema)]
-
-
-def _child(node: dict[str, Any], step: str | int, schema: dict[str, Any]) -> dict[str, Any]:
-    found = []
-    for part in _alternatives(node, schema):
-        if isinstance(step, int):
-            found.append(part.get("items", {}))
-        else:
-            found.append(part.get("properties", {}).get(step) or part.get("additionalProperties") or {})
-    return {"anyOf": [f for f in found if isinstance(f, dict) and f]}

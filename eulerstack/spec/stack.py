@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from .base import Block
-from .check import cross_check, refuse
+from .check import cross_check, forget, refuse
 from .extensions import ExtensionMixer
 from .layer import LayerTemplate
 from .mixers import Positive, side_by_side
@@ -137,7 +137,8 @@ class StackSpec(Block):
     """Defaults of `fit`."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self, info: ValidationInfo) -> Self:
+        forget(self, info.context or ())
         refuse(cross_check(self))
         return self
 

@@ -30,13 +30,17 @@ _WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false"
 
 @dataclass
 class Document:
-    """The data of a file, where its keys and items stand, what brought its extensions, and what `--set` changed."""
+    """The data of a file, where its keys and items stand, what brought its extensions, and what `--set` changed.
+
+    doubtful are the paths whose values cannot be judged.
+    """
 
     data: Any
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     extensions: dict[str, str] = field(default_factory=dict)
     settings: dict[Path, str] = field(default_factory=dict)
+    doubtful: set[Path] = field(default_factory=set)
 
     def place(self, path: Path) -> tuple[int | None, int | None]:
         """Where the path, or the nearest key above it, stands."""
@@ -98,9 +102,9 @@ class _Reader:
     def node(self, event: Any, path: Path) -> Any:
         self.count(1, event)
         if isinstance(event, yaml.AliasEvent):
-            return self.alias(event)
+            return self.alias(event, path)
         if event.tag not in (None, "!"):
-            raise _RefusedError(f"the tag {event.tag} is not supported", "write plain values without tags", event)
+            self.wrong(path, f"the tag {event.tag} is not supported", "write plain values without tags", event)
         before = self.nodes
         if len(path) > MAX_DEPTH:
             raise _RefusedError(f"nested deeper than {MAX_DEPTH} levels", "flatten it", event)
@@ -129,32 +133,40 @@ class _Reader:
         for event in self.events:
             if isinstance(event, yaml.MappingEndEvent):
                 break
-            key = self.key(event, out)
+            key = self.key(event, path)
             here = (*path, key)
+            if key == "<<":
+                self.wrong(here, "merge keys (<<) are not supported", "write the keys out", event)
+                self.node(next(self.events), here)
+                continue
             if key in out:
                 self.duplicate(here, event)
             self.out.places[here] = _place(event)
             out[key] = self.node(next(self.events), here)
         return out
 
-    def key(self, event: Any, out: dict[str, Any]) -> str:
+    def key(self, event: Any, path: Path) -> str:
         if not isinstance(event, yaml.ScalarEvent):
             raise _RefusedError("a key must be a plain word", "write `key: value`", event)
         value = _scalar(event)
-        if value == "<<":
-            raise _RefusedError("merge keys (<<) are not supported", "write the keys out", event)
         if not isinstance(value, str):
-            raise _RefusedError(f"the key {event.value!r} is no word", f'quote it: "{event.value}"', event)
-        return value
+            self.wrong((*path, event.value), f"the key {event.value!r} is no word", f'quote it: "{event.value}"', event)
+        return str(event.value)
+
+    def wrong(self, path: Path, message: str, fix: str, event: Any) -> None:
+        """What can be read on after."""
+        self.out.problems.append(Problem(dotted(path), message, fix, "YAML", *_place(event)))
 
     def duplicate(self, path: Path, event: Any) -> None:
         line = self.out.places[path][0]
         message = f"given twice, first in line {line}"
-        self.out.problems.append(Problem(dotted(path), message, "keep one of them", "YAML", *_place(event)))
+        self.out.problems.append(Problem(dotted(path), message, "keep one of them", "Duplicate key", *_place(event)))
 
-    def alias(self, event: Any) -> Any:
+    def alias(self, event: Any, path: Path) -> Any:
         if event.anchor not in self.anchors:
-            raise _RefusedError(f"the alias *{event.anchor} has no anchor before it", "define it first", event)
+            self.wrong(path, f"the alias *{event.anchor} has no anchor before it", "define it first", event)
+            self.out.doubtful.add(path)
+            return None
         value, size = self.anchors[event.anchor]
         self.count(size, event)
         return value

@@ -39,11 +39,11 @@ BAD = {
     "model.d_model": "Setting: --set model.d_model: has no value\nFix: write KEY=VALUE",
     "=3": "there is no key ''",
     "training_hints.betas=[0.9": "YAML: --set training_hints.betas",
-    "model.d_model='64'": "Schema: --set model.d_model: '64' is not a whole number",
-    "model.d_model=64.5": "Schema: --set model.d_model: 64.5 is not a whole number",
+    "model.d_model='64'": "Type: --set model.d_model: '64' is not a whole number",
+    "model.d_model=64.5": "Type: --set model.d_model: 64.5 is not a whole number",
     "model.n_heads=3": "Compatibility: --set model.n_heads: 3 does not divide model.d_model = 128",
     "layer_templates.rwkv.mixer.rwkv={chunk: 1}": "--set layer_templates.rwkv.mixer.rwkv: layer_templates.rwkv.mixer.rwkv.chunk",
-    "model=": "Schema: --set model: nothing is not a mapping",
+    "model=": "Type: --set model: nothing is not a mapping",
 }  # fmt: skip
 
 
@@ -58,5 +58,5 @@ def test_problems_of_the_file_and_of_settings_come_together() -> None:
     text = es.presets()[NAME].read_text().replace("max_seq_len: 2048", "max_seq_len: x")
     with pytest.raises(es.SpecError) as error:
         es.loads(text, "a.yml", ["model.d_mdel=2", "model.n_heads=0"])
-    places = [line.split(": ")[1] for line in str(error.value).splitlines() if not line.startswith("Fix")]
+    places = [line.split(": ")[1] for line in str(error.value).splitlines() if not line.startswith(("Fix", "See"))]
     assert sorted(place.partition(":")[0] for place in places) == ["--set model.d_mdel", "--set model.n_heads", "a.yml"]

@@ -96,9 +96,11 @@ def test_unused_templates_are_a_warning(tmp_path: Path) -> None:
     assert "layer_templates.attn_layer is in no entry" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["validate", "presets list", "presets show arch_expert_research_mini"])
+@pytest.mark.parametrize(
+    "verb", ["validate", "validate --json", "presets list", "presets show arch_expert_research_mini"]
+)
 def test_light_verbs_load_no_torch(verb: str) -> None:
-    words = [*verb.split(), *(["arch_expert_research_mini"] if verb == "validate" else [])]
+    words = [*verb.split(), *(["arch_expert_research_mini"] if verb.startswith("validate") else [])]
     code = f"import sys; sys.argv = ['eulerstack', *{words!r}]\nfrom eulerstack.cli.main import cli\n"
     code += "cli(standalone_mode=False); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
