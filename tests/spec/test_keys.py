@@ -83,6 +83,8 @@ MAMBA2, MAMBA1 = mixer("mamba", d_state=8, head_dim=8), mixer("mamba", variant="
 MTP = {"head": {"type": "causal_lm_mtp", "mtp": {"head_template": "t"}}}
 TWO = {"layer_templates": {name: {"mixer": {"type": kind}, "ffn": {"type": "mlp"}} for name, kind in zip("tu", ("attention", "retnet"), strict=True)}}  # fmt: skip
 BRANCHES = {"t.mixer": {"type": "branched", "branched": {"branches": {"a": {"type": "attention"}, "r": {"type": "retnet"}}}}}  # fmt: skip
+MUON = {"hints.optimizer": "hybrid"}
+GROUP = {"hints.optimizer_groups": [{"match": "layers.*", "lr_multiplier": 0.5}]}
 TOKENIZER = str(Path(__file__).parent / "tokenizer")
 
 ROWS = {
@@ -203,6 +205,24 @@ ROWS = {
     "TrainingHints.weight_decay": Row("training", "hints.weight_decay", 0.0, 10.0),
     "TrainingHints.grad_clip": Row("training", "hints.grad_clip", None, 1e-9),
     "TrainingHints.warmup_steps_ratio": Row("training", "hints.warmup_steps_ratio", 0.0, 1.0),
+    "TrainingHints.init": Row("weights", "hints.init", "mixer", "normal", mixer("retnet")),
+    "TrainingHints.dropout": Row("training", "hints.dropout", 0.0, 0.5),
+    "TrainingHints.checkpointing": Row("kept", "hints.checkpointing", False, True),
+    "TrainingHints.router_aux_loss_coef": Row("training", "hints.router_aux_loss_coef", 0.0, 1.0, MOE),
+    "TrainingHints.router_lr_multiplier": Row("training", "hints.router_lr_multiplier", 1.0, 0.0, MOE),
+    "TrainingHints.optimizer": Row("training", "hints.optimizer", "adamw", "hybrid"),
+    "TrainingHints.schedule": Row("training", "hints.schedule", "cosine", "linear"),
+    "TrainingHints.decay_steps_ratio": Row("training", "hints.decay_steps_ratio", 0.2, 0.9, {"hints.schedule": "wsd"}),
+    "MuonSpec.lr": Row("training", "hints.muon.lr", 0.02, 0.2, MUON),
+    "MuonSpec.momentum": Row("training", "hints.muon.momentum", 0.95, 0.1, MUON),
+    "MuonSpec.nesterov": Row("training", "hints.muon.nesterov", True, False, MUON),
+    "MuonSpec.ns_steps": Row("training", "hints.muon.ns_steps", 5, 1, MUON),
+    "MuonSpec.weight_decay": Row("training", "hints.muon.weight_decay", 0.01, 5.0, MUON),
+    "GroupSpec.match": Row("training", "hints.optimizer_groups.0.match", "layers.*", "embedding.*", GROUP),
+    "GroupSpec.lr_multiplier": Row("training", "hints.optimizer_groups.0.lr_multiplier", 1.0, 0.0, GROUP),
+    "GroupSpec.weight_decay": Row("training", "hints.optimizer_groups.0.weight_decay", 0.0, 10.0, GROUP),
+    "AttentionSpec.attn_drop": Row("training", "t.mixer.attention.attn_drop", 0.0, 0.9),
+    "AttentionOverride.attn_drop": Row("training", "entry.override", None, {"attention": {"attn_drop": 0.9}}),
     "StackSpec.schema_version": Row("refusal", "schema_version", 1, 2),
 }  # fmt: skip
 
@@ -313,7 +333,8 @@ def holds_blocks(annotation: Any) -> bool:
 
 def keys() -> set[str]:
     """Every key of every block of the language, by its class."""
-    blocks = {name: cls for name, cls in by_name().items() if cls.__module__.startswith("eulerstack.spec")}
+    own = {name: cls for name, cls in by_name().items() if cls.__module__.startswith("eulerstack.spec")}
+    blocks = {name: cls for name, cls in own.items() if cls.__module__ != "eulerstack.spec.extensions"}
     fields = [(name, key, info) for name, cls in blocks.items() for key, info in cls.model_fields.items()]
     return {f"{name}.{key}" for name, key, info in fields if key == "pattern" or not holds_blocks(info.annotation)}
 
