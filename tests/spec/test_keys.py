@@ -275,7 +275,7 @@ def state(spec: es.StackSpec) -> Any:
 
 
 def explained(spec: es.StackSpec) -> str:
-    from eulerstack.cli.show import _tree
+    from eulerstack.cli.explain import _tree
 
     out = io.StringIO()
     Console(file=out, width=200).print(_tree(spec, es.estimate(spec)))
