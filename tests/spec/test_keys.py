@@ -207,7 +207,7 @@ ROWS = {
     "TrainingHints.warmup_steps_ratio": Row("training", "hints.warmup_steps_ratio", 0.0, 1.0),
     "TrainingHints.init": Row("weights", "hints.init", "mixer", "normal", mixer("retnet")),
     "TrainingHints.dropout": Row("training", "hints.dropout", 0.0, 0.5),
-    "TrainingHints.checkpointing": Row("kept", "hints.checkpointing", False, True),
+    "TrainingHints.checkpointing": Row("kept", "hints.checkpointing", "none", "block"),
     "TrainingHints.router_aux_loss_coef": Row("training", "hints.router_aux_loss_coef", 0.0, 1.0, MOE),
     "TrainingHints.router_lr_multiplier": Row("training", "hints.router_lr_multiplier", 1.0, 0.0, MOE),
     "TrainingHints.optimizer": Row("training", "hints.optimizer", "adamw", "hybrid"),
@@ -314,7 +314,7 @@ def weights(spec: es.StackSpec) -> Any:
     """What `fit` draws."""
     with tempfile.TemporaryDirectory() as folder:
         es.dump(spec, f"{folder}/spec.yml")
-        config = {"seed_everything": False, "model": {"spec": f"{folder}/spec.yml"}}
+        config = {"seed_everything": False, "model": {"spec": f"{folder}/spec.yml", "settings": None}}
         StackCLI.before_instantiate_classes(SimpleNamespace(config=config, _get=dict.get))  # type: ignore[arg-type]
     return [weight.tolist() for weight in es.build(spec).parameters()]
 
