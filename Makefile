@@ -8,7 +8,7 @@ DEMO := runs/demo
 # A CPU build of torch where pip can find one: the plain name would fetch gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: setup demo test test-full test-triton check presets bench clean
+.PHONY: setup demo test test-full test-triton check presets docs bench clean
 
 setup: $(READY)
 
@@ -47,6 +47,10 @@ check: $(READY)
 # Writes the presets that follow from tables, and the figures in the headers of all.
 presets: $(READY)
 	$(BIN)/python -m tools.presets
+
+docs: $(READY)
+	$(BIN)/python -m eulerstack schema > schemas/eulerstack-v1.json
+	$(BIN)/python -m tools.reference > docs/reference.md
 
 bench: $(READY)
 	$(BIN)/pip install --quiet --editable ".[bench]"
