@@ -2,15 +2,19 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import eulerstack as es
+from eulerstack.cli.main import cli
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 
 
@@ -26,25 +30,60 @@ def test_every_path_in_the_readmes_tree_is_there() -> None:
             assert (ROOT / name).exists() or any((ROOT / "eulerstack").rglob(name.rstrip("/"))), name
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The eulerstack commands that a page shows, in order."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
+    lines = re.findall(r"^(?:\.venv/bin/)?eulerstack (.*)$", "\n".join(blocks), re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """The files that a page shows: YAML whose first line is a comment with the name."""
+    for name, text in re.findall(r"^```yaml\n# (\S+\.yml)\n(.*?)^```", page.read_text(), re.M | re.S):
+        (folder / name).write_text(text)
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The same command, done in seconds."""
+    brief = {"fit": ["--trainer.max_steps", "2"], "test": ["--trainer.limit_test_batches", "2"]}
+    return [*words, *brief.get(words[0], []), *(["--max-new-tokens", "5"] if words[0] == "generate" else [])]
+
+
+def test_the_pages_show_commands() -> None:
+    assert len(commands(ROOT / "README.md")) >= 7
+    assert len(commands(ROOT / "docs" / "tutorial.md")) >= 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_light_commands_of_the_documents_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for words in commands(page):
+        if words[0] not in ("fit", "test", "generate"):
+            done = CliRunner().invoke(cli, words)
+            assert done.exit_code == 0, (words, done.output)
+
+
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
-    commands = re.findall(r"^\.venv/bin/eulerstack (.*)$", README, re.M)
-    assert len(commands) == 7
-    for command in commands:
-        words = command.replace("--trainer.max_steps 400", "--trainer.max_steps 2")
-        words = words.replace('--prompt "def "', "--prompt def --max-new-tokens 5")
-        if words.startswith("test"):
-            words += " --trainer.limit_test_batches 2"
-        environment = {**os.environ, "COLUMNS": "120"}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_documents_runs(page: Path, tmp_path: Path) -> None:
+    write_files(page, tmp_path)
+    for words in commands(page):
         done = subprocess.run(
-            [sys.executable, "-m", "eulerstack", *words.split()],
+            [sys.executable, "-m", "eulerstack", *shortened(words)],
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            env=environment,
+            env={**os.environ, "COLUMNS": "120"},
         )
-        assert done.returncode == 0, (command, done.stderr)
-        assert "Warning" not in done.stderr, (command, done.stderr)
+        assert done.returncode == 0, (words, done.stderr)
+        assert "Warning" not in done.stderr, (words, done.stderr)
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#\w+)?\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
 
 
 @pytest.mark.parametrize(

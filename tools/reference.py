@@ -15,8 +15,8 @@ INTRODUCTION = """\
 # The language
 
 Every key of a stack file: its type and bounds, its default, what it does. This page is made from the language's own
-models by `make docs`; `eulerstack schema` prints the same for editors. A key that stands in no table is an error, and
-[errors.md](errors.md) explains the messages. [tutorial.md](tutorial.md) is the place to start.
+models by `make docs`; `eulerstack schema` prints the same for editors. A key that stands in no table is an error.
+[tutorial.md](tutorial.md) is the place to start.
 
 Where a number may stand, an expression such as `${let.width * 2}` may stand too.
 """
