@@ -45,7 +45,10 @@ def write_files(page: Path, folder: Path) -> None:
 
 def shortened(words: list[str]) -> list[str]:
     """The same command, done in seconds."""
-    brief = {"fit": ["--trainer.max_steps", "2"], "test": ["--trainer.limit_test_batches", "2"]}
+    brief = {
+        "fit": ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "2"],
+        "test": ["--trainer.limit_test_batches", "2"],
+    }
     return [*words, *brief.get(words[0], []), *(["--max-new-tokens", "5"] if words[0] == "generate" else [])]
 
 
