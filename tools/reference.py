@@ -16,7 +16,7 @@ INTRODUCTION = """\
 
 Every key of a stack file: its type and bounds, its default, what it does. This page is made from the language's own
 models by `make docs`; `eulerstack schema` prints the same for editors. A key that stands in no table is an error.
-[tutorial.md](tutorial.md) is the place to start.
+[tutorial.md](tutorial.md) is the place to start; [errors.md](errors.md) tells what the checks say and how to go on.
 
 Where a number may stand, an expression such as `${let.width * 2}` may stand too.
 """
