@@ -1,10 +1,12 @@
-"""Parameters by their names: which decay, and which a group of training_hints.optimizer_groups holds."""
+"""Parameters by their names: which decay, which Muon trains, and which a group of optimizer_groups holds."""
 
 from fnmatch import fnmatchcase
 
 from .spec import GroupSpec
 
 UNDECAYED = ("bias", "A_log", "D", "dt_bias", "gamma", "sinks", "decay", "bonus", "mix_k", "mix_v", "mix_r")
+ROUTER = "router_proj.weight"
+MATRICES = ("proj.weight", "embedding.weight", "head.weight")
 
 
 def decays(name: str) -> bool:
@@ -31,3 +33,12 @@ def check_groups(names: list[str], groups: tuple[GroupSpec, ...]) -> None:
             raise ValueError(f"{where}: an entry before it has all the parameters it matches; put it first")
         if group.weight_decay is not None and not any(map(decays, won)):
             raise ValueError(f"{where} has a weight_decay, but matches only norms, biases and decays, which have none")
+
+
+def to_muon(name: str, dims: int, optimizer: str) -> bool:
+    """Whether Muon trains a parameter: `muon` every matrix, `hybrid` the layers' projections but routers."""
+    if dims != 2 or optimizer == "adamw":
+        return False
+    if optimizer == "muon":
+        return name.endswith(MATRICES)
+    return name.endswith("proj.weight") and not name.endswith(ROUTER)

@@ -20,10 +20,12 @@ MAY_IMPORT = {
     "builder": {"model", "spec"},
     "testing": {"builder", "kernels", "mixers", "segments", "spec", "state"},
     "costs": {"block", "model", "spec"},
+    "memory": {"block", "groups", "model", "segments", "spec"},
+    "devices": set(),
     "checkpoint": {"model", "spec", "tokens"},
     "inference": {"kernels", "model", "segments", "state"},
     "training": {"checkpoint", "groups", "model", "segments", "spec", "tokens"},
-    "cli": {"checkpoint", "costs", "inference", "kernels", "spec", "tokens", "training"},
+    "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}, "pydantic": {"spec"}}
 FOREIGN |= {name: {"kernels"} for name in ("numba", "triton", "fla", "mamba_ssm", "causal_conv1d", "flash_attn")}

@@ -109,17 +109,22 @@ def explain(file: str | None, preset: str | None, settings: tuple[str, ...], pic
 
 @cli.command()
 @_file
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1 << 24), help="Rows of the state.")
-@click.option("--tokens", type=click.IntRange(1, 1 << 40), help="Tokens of context; max_seq_len by default.")
-def estimate(file: str | None, preset: str | None, settings: tuple[str, ...], batch: int, tokens: int | None) -> None:
-    """Count parameters and state bytes, exactly, without building the weights.
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 1 << 24), help="Rows.")
+@click.option("--tokens", type=click.IntRange(1, 1 << 40), help="Tokens of a row; max_seq_len by default.")
+@click.option("--device", help="What fits on a GPU, as in a100, h100 or rtx4090.")
+@click.option("--precision", default="32-true", show_default=True, help="Of training: 32-true, bf16-mixed, bf16-true.")
+@click.option("--match", metavar="parameters=FILE", help="The FFN width that gives the stack another's parameters.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def estimate(file: str | None, preset: str | None, **options: Any) -> None:
+    """Count parameters, FLOPs, state and training memory, without building the weights.
 
     \b
-      eulerstack estimate my.yml --batch 8 --tokens 4096
+      eulerstack estimate llm_2b_jamba --tokens 8192 --batch 4 --device h100 --precision bf16-mixed
+      eulerstack estimate my.yml --match parameters=baseline.yml
     """
-    from .show import estimate as show
+    from .estimate import estimate as show
 
-    show(_named(file, preset), settings, batch, tokens)
+    show(_named(file, preset), **options)
 
 
 @cli.command("compile")

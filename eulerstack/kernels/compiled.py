@@ -14,6 +14,8 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from .shapes import has_memory
+
 Loop = Callable[..., Any]
 
 FAST_MATH = {"contract", "nsz", "reassoc", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
@@ -26,7 +28,12 @@ def compiled(function: Loop) -> Loop:
 
 
 def spread(loop: Loop, count: int, *rest: Any) -> None:
-    """loop(begin, end, *rest) over 0 .. count - 1, a share for each of PyTorch's threads."""
+    """loop(begin, end, *rest) over 0 .. count - 1, a share for each of PyTorch's threads.
+
+    Nothing where `view` found no memory: the results have their shapes already.
+    """
+    if any(array is None for array in rest):
+        return
     shares = max(1, min(torch.get_num_threads(), count))
     *others, mine = pairwise([count * i // shares for i in range(shares + 1)])
     waiting = [_threads().submit(loop, *share, *rest) for share in others]
@@ -45,14 +52,14 @@ os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survi
 
 
 def view(*tensors: Tensor) -> list[Any]:
-    """Arrays that share the tensors' memory.
+    """Arrays that share the tensors' memory; None for a tensor that has none.
 
     Raises ValueError for tensors that are not on the CPU.
     """
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(f"these kernels were chosen for a CPU, and got a tensor on {tensor.device}: {_FIX}")
-    return [tensor.detach().numpy() for tensor in tensors]
+    return [tensor.detach().numpy() if has_memory(tensor) else None for tensor in tensors]
 
 
 _FIX = "build the stack for the device it runs on, build(spec, device=...), or with kernels='torch'"

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.precision import wide, without_autocast
+from ..kernels.shapes import has_memory
 from ..spec import GatedMLPSpec, MoEFFNSpec
 from .ffn import GATES, GatedMLP, init_linear
 from .precision import FullPrecision
@@ -169,11 +170,12 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _dispatch(chosen: Tensor, experts: int) -> Dispatch:
-    """Sorts choices [M], by expert."""
+    """Sorts choices [M], by expert; those without memory are counted as balanced ones."""
     ranked, order = chosen.sort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     bounds = torch.searchsorted(ranked, torch.arange(experts + 1, device=chosen.device))
-    return Dispatch(order, place, bounds.diff(), [slice(*ends) for ends in pairwise(bounds.tolist())])
+    ends = bounds.tolist() if has_memory(bounds) else [len(order) * e // experts for e in range(experts + 1)]
+    return Dispatch(order, place, bounds.diff(), [slice(*both) for both in pairwise(ends)])
 
 
 def _routing(logits: Tensor, scores: Tensor, count: Tensor) -> Routing:

@@ -8,11 +8,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..groups import decays, group_of
+from ..groups import ROUTER, decays, group_of, to_muon
 from ..spec import TrainingHints
-
-ROUTER = "router_proj.weight"
-MATRICES = ("proj.weight", "embedding.weight", "head.weight")
 
 
 class Recipe(NamedTuple):
@@ -76,15 +73,6 @@ def recipe_of(name: str, parameter: nn.Parameter, hints: TrainingHints) -> Recip
     if name.endswith(ROUTER):
         lr *= hints.router_lr_multiplier
     return Recipe(muon, lr, decay if decays(name) else 0.0)
-
-
-def to_muon(name: str, dims: int, optimizer: str) -> bool:
-    """Whether Muon trains a parameter: `muon` every matrix, `hybrid` the layers' projections but routers."""
-    if dims != 2 or optimizer == "adamw":
-        return False
-    if optimizer == "muon":
-        return name.endswith(MATRICES)
-    return name.endswith("proj.weight") and not name.endswith(ROUTER)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, hints: TrainingHints) -> LambdaLR:

@@ -1,0 +1,82 @@
+"""The memory of a training step, counted without numbers, against what the profiler saw the allocator give out."""
+
+import warnings
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import eulerstack as es
+from eulerstack.memory import count_step
+from eulerstack.spec import with_hints
+from eulerstack.training.optim import make_optimizer
+
+MINIS = sorted(name for name in es.presets() if "mini" in name)
+QUICK = ["arch_expert_research_mini", "arch_expert_mixtral_moe_mini"]
+
+
+def measured(spec: es.StackSpec, batch: int, tokens: int) -> int:
+    """The peak of two steps in Lightning's order, the loss of the step before still there in the second forward."""
+    ids = torch.randint(0, spec.model.vocab_size, (batch, tokens))
+    es.build(spec).losses(ids[:, :70], ids[:, :70])[0].backward()  # what is compiled once is not the step's
+    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        warnings.simplefilter("ignore")
+        model = es.build(spec)
+        optimizer = make_optimizer(model.named_parameters(), spec.training_hints)
+        for _ in range(2):
+            loss, parts = model.losses(ids, ids)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            del loss, parts
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def check(spec: es.StackSpec, batch: int, tokens: int) -> None:
+    checkpointed = spec.training_hints.checkpointing == "block"
+    counted, seen = count_step(spec, batch, tokens).memory(checkpointed).total, measured(spec, batch, tokens)
+    assert abs(counted / seen - 1) < 0.15, f"{spec.model.name}: counted {counted:,}, seen {seen:,}"
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MINIS])
+def test_a_step_is_counted_as_the_allocator_sees_it(name: str) -> None:
+    check(es.load(name), 4, 192)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (8, 256), pytest.param((1, 2048), marks=pytest.mark.slow)])
+def test_at_any_batch_and_length(shape: tuple[int, int]) -> None:
+    check(es.load("arch_expert_research_mini_retnet"), *shape)
+
+
+@pytest.mark.parametrize("hints", [{"checkpointing": "block"}, {"optimizer": "hybrid"}, {"optimizer": "muon"}])
+def test_with_checkpointing_and_other_optimizers(hints: dict[str, str]) -> None:
+    check(with_hints(es.load("arch_expert_research_mini"), hints), 4, 256)
+
+
+@pytest.mark.slow
+def test_long_loops_are_drawn_out() -> None:
+    check(es.load("every_mixer_mini"), 1, 2048)
+
+
+def test_weights_that_layers_share_are_counted_once() -> None:
+    b = es.StackBuilder(d_model=64, n_heads=4)
+    apart, together = b.add("retnet", repeat=2).spec(), None
+    b = es.StackBuilder(d_model=64, n_heads=4).template("retnet", mixer={"type": "retnet", "retnet": {}})
+    together = b.layers("retnet", repeat=2, shared="one").spec()
+    one, two = (count_step(spec, 2, 64).memory() for spec in (together, apart))
+    model = es.build(together)
+    assert one.weights == sum(4 * p.numel() for p in model.parameters()) < two.weights
+    assert one.activations == two.activations
+
+
+def test_mixed_precision_keeps_less_and_counts_nothing_twice() -> None:
+    spec = es.load("arch_expert_research_mini")
+    full, mixed, half = (count_step(spec, 4, 256, p).memory() for p in ("32-true", "bf16-mixed", "bf16-true"))
+    assert mixed.weights == full.weights > half.weights
+    assert full.activations > mixed.activations > half.activations
