@@ -41,9 +41,9 @@ class StackBuilder:
         mlp_ratio: float = 4.0,
         name: str = "stack",
         dtype: str = "float32",
-        **blocks: dict[str, Any],
+        **blocks: dict[str, Any] | None,
     ) -> None:
-        """`blocks` are the file's other blocks, as `set` takes them: embedding, head, training_hints ..."""
+        """`blocks` are the file's other blocks, as `set` takes them: embedding, head ...; None says nothing."""
         model = {"name": name, "d_model": d_model, "vocab_size": vocab_size, "max_seq_len": max_seq_len}
         model |= {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "mlp_ratio": mlp_ratio, "dtype": dtype}
         self._data: dict[str, Any] = {
@@ -55,7 +55,7 @@ class StackBuilder:
             "layer_schedule": [],
             "head": {"type": "causal_lm"},
         }
-        self.set(**blocks)
+        self.set(**{name: block for name, block in blocks.items() if block is not None})
 
     def set(self, **blocks: Any) -> Self:
         """Blocks of the file by their names, their keys laid over those that are there."""

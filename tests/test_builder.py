@@ -94,3 +94,8 @@ def test_mistakes_are_listed_with_the_builders_path() -> None:
     assert "did you mean 'ffn'?" in text
     with pytest.raises(ValueError, match=r"layer_templates.m is there already"):
         builder.template("m", "retnet")
+
+
+def test_a_block_that_is_none_says_nothing() -> None:
+    one, other = (es.StackBuilder(d_model=32, n_heads=4, **more).add("retnet") for more in ({}, {"embedding": None}))
+    assert one.spec() == other.spec()

@@ -136,3 +136,9 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
         scores.append((turned[0] * turned[1]).sum())
         close(turned[0].norm(), q.norm(), 1e-12)
     close(scores[0], scores[1], 1e-12)
+
+
+def test_attention_over_no_keys_gives_nothing() -> None:
+    q, k, v, seen = drawn(B, 0, H, K), drawn(B, 0, G, K), drawn(B, 0, G, V), torch.ones(1, 0, 0, dtype=torch.bool)
+    for softcap in (None, 2.0):
+        assert attention.cached(q, k, v, seen, None, Logits(0.5, softcap)).shape == (B, 0, H, V)

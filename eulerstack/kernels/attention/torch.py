@@ -90,7 +90,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, logits: Logits
     if bias is None:
         bias = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-    unseen = scores.amax(-1, keepdim=True) == -torch.inf
+    unseen = ~(scores > -torch.inf).any(-1, keepdim=True)
     weights = scores.masked_fill(unseen, 0).softmax(-1).masked_fill(unseen, 0)
     if drop:
         weights = dropout(weights, drop)
