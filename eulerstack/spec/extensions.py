@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, create_model
@@ -23,6 +22,8 @@ from .base import Block
 from .errors import Problem, SpecWarning
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from .stack import StackSpec
 
 GROUP = "eulerstack.mixers"
@@ -155,12 +156,14 @@ def _choices(node: Any) -> Iterable[dict[str, Any]]:
 
 
 @cache
-def _entries(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+def _entries(path: tuple[str, ...]) -> tuple["EntryPoint", ...]:
     """The mixers that the packages on this path name; read once."""
+    from importlib.metadata import entry_points  # noqa: PLC0415 - a tenth of `validate`, and few files need it
+
     return tuple(entry_points(group=GROUP))
 
 
-def _loaded(entry: EntryPoint) -> type[ExtensionMixer]:
+def _loaded(entry: "EntryPoint") -> type[ExtensionMixer]:
     try:
         return _mixer(entry.name, entry.load(), f"install {_package(entry)}")
     except Exception as error:  # whatever another package's code may raise
@@ -169,7 +172,7 @@ def _loaded(entry: EntryPoint) -> type[ExtensionMixer]:
         ) from error
 
 
-def _package(entry: EntryPoint) -> str:
+def _package(entry: "EntryPoint") -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 
