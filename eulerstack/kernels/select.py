@@ -22,7 +22,7 @@ What stands behind `torch`, which serves everything, is taken only by name: it h
 PACKAGES = {
     "fla": "flash-linear-attention",
     "mamba_ssm": "mamba-ssm",
-    "selective_scan_cuda": "mamba-ssm",
+    "selective_scan_cuda": "--no-build-isolation mamba-ssm, with MAMBA_KEEP_CUDA_BUILD=TRUE",
     "causal_conv1d": "causal-conv1d",
     "causal_conv1d_cuda": "causal-conv1d",
     "flash_attn": "flash-attn",

@@ -58,17 +58,18 @@ def tensors(*bounds: Any) -> Iterator[Any]:
 
 def drawn(kind: str, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v in the dtype; log decays and a state in float32."""
-    q, k, v, state = (torch.randn(s) for s in [(3, T, G, K)] * 2 + [(3, T, H, V), (3, H, K, V)])
-    decay = -torch.rand(H) / 4 if kind == "fixed" else -torch.rand(3, T, H)
+    width = V + 1 if kind == "none" else V  # linear attention: one channel more, and no decay
+    q, k, v, state = (torch.randn(s) for s in [(3, T, G, K)] * 2 + [(3, T, H, width), (3, H, K, width)])
+    decay = {"fixed": -torch.rand(H) / 4, "gated": -torch.rand(3, T, H), "none": torch.zeros(H)}[kind]
     return [t.to(DEVICE) for t in (q.to(dtype), k.to(dtype), v.to(dtype), decay, state)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", ["fixed", "gated"])
+@pytest.mark.parametrize("kind", ["fixed", "gated", "none"])
 @pytest.mark.parametrize("where", placements(T))
 def test_outputs_states_and_gradients(where: str, kind: str, dtype: torch.dtype) -> None:
     fast = select("retention", Target("fla", DEVICE, dtype)).kernels
-    segments, inputs = placements(T)[where], drawn(kind, dtype)
+    segments, inputs = placements(T, DEVICE)[where], drawn(kind, dtype)
     found, bound = [], 1e-3 if dtype == torch.float32 else 5e-3
     for kernels, wide in ((fast, None), (reference, torch.float64)):
         leaves = [t.to(wide or t.dtype, copy=True).requires_grad_() for t in inputs]
@@ -86,7 +87,7 @@ def test_outputs_states_and_gradients(where: str, kind: str, dtype: torch.dtype)
 def test_ssd() -> None:
     shapes = [(3, T, H, V), (3, T, H), (H,), (3, T, G, K), (3, T, G, K), (3, H, V, K)]
     x, dt, A, B, C, state = (torch.randn(s, device=DEVICE) for s in shapes)
-    inputs, segments = [x, dt.exp(), -A.exp(), B, C, state], placements(T)["packed"]
+    inputs, segments = [x, dt.exp(), -A.exp(), B, C, state], placements(T, DEVICE)["packed"]
     fast = select("ssd", Target("fla", DEVICE)).kernels.chunkwise(*inputs, segments, 64)
     wanted = ssd.chunkwise(*(t.double() for t in inputs), segments, 64)
     for one, other in zip(fast, wanted, strict=True):

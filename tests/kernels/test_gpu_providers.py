@@ -36,7 +36,7 @@ def mamba_chunk_scan_combined(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Token by token; the state belongs to the sequence of the token before, and the initial one to sequence 0."""
     assert x.dtype == B.dtype == C.dtype and dt.dtype == A.dtype == torch.float32
-    assert all(t.is_contiguous() for t in (x, dt, B, C, initial_states)) and chunk_size & (chunk_size - 1) == 0
+    assert all(t.is_contiguous() for t in (x, dt, B, C, initial_states)) and chunk_size in (16, 32, 64, 128, 256)
     assert seq_idx is None or (seq_idx.dtype == torch.int32 and int(seq_idx.min()) >= 0)
     assert return_final_states
     seq_idx = torch.zeros(x.shape[:2], dtype=torch.int32) if seq_idx is None else seq_idx
@@ -50,9 +50,17 @@ def mamba_chunk_scan_combined(
     return torch.stack(ys, 1).to(x.dtype), state
 
 
-def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """One step, written into the state; with heads, or (Mamba-1) without."""
+def selective_state_update(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, dt_bias: Tensor
+) -> Tensor:
+    """One step, written into the state; with heads, or (Mamba-1) without. The library's fails where dt_bias is None.
+
+    Where A, dt and the bias are one number a head, they must be so in memory, for the library to see it.
+    """
     assert not torch.is_grad_enabled(), "has no gradient"
+    assert dt_bias.shape == state.shape[1:-1] and dt_bias.dtype == dt.dtype
+    assert state.dim() == 3 or A.stride()[-2:] == (0, 0) == (dt.stride(-1), dt_bias.stride(-1))
+    dt = dt + dt_bias
     if state.dim() == 4:
         B, C = (t.repeat_interleave(state.shape[1] // t.shape[1], 1) for t in (B, C))
         assert A.shape == state.shape[1:] and dt.shape == x.shape == state.shape[:3]
@@ -109,6 +117,7 @@ def flash_attn_varlen_func(
 
 
 LIBRARIES: dict[str, list[Callable[..., Any]]] = {
+    "selective_scan_cuda": [],
     "mamba_ssm": [],
     "mamba_ssm.ops": [],
     "mamba_ssm.ops.triton": [],
@@ -174,7 +183,7 @@ def spaces(dtype: torch.dtype, where: str) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", placements(T))
 def test_ssd(library: str, where: str, dtype: torch.dtype) -> None:
-    fast, segments = kernels("ssd", "mamba_ssm", library), placements(T)[where]
+    fast, segments = kernels("ssd", "mamba_ssm", library), placements(T, device(library))[where]
     inputs, bound = spaces(dtype, device(library)), 1e-3 if dtype == torch.float32 else 5e-3
     compare(fast.chunkwise, ssd.chunkwise, inputs, bound, segments, 64)
     compare(fast.parallel, ssd.parallel, inputs[:5], bound, segments)
@@ -182,7 +191,7 @@ def test_ssd(library: str, where: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("where", placements(T))
 def test_selective_scan(library: str, where: str) -> None:
-    fast, segments = kernels("selective_scan", "mamba_ssm", library), placements(T)[where]
+    fast, segments = kernels("selective_scan", "mamba_ssm", library), placements(T, device(library))[where]
     shapes = [(3, T, 12), (3, T, 12), (12, 5), (3, T, 5), (3, T, 5), (3, 12, 5)]
     x, dt, A, B, C, state = (torch.randn(s, device=device(library)) for s in shapes)
     inputs = [x, dt.exp() / 2, -A.exp(), B, C, state]
@@ -196,13 +205,15 @@ def test_a_token_alone(library: str, operation: str, label: list[int] | None) ->
     from eulerstack.segments import Segments
 
     fast, slow = kernels(operation, "mamba_ssm", library), {"ssd": ssd, "selective_scan": scan}[operation]
-    start = torch.full((3,), 7)
+    start = torch.full((3,), 7, device=device(library))
     segments = Segments.dense(1, start)
     if label is not None:
-        real, carries = torch.tensor(label)[:, None] >= 0, torch.tensor(label) != 1
+        labels = torch.tensor(label, device=start.device)
+        real, carries = labels[:, None] >= 0, labels != 1
         segments = Segments(real=real, carries=carries).placed(start, 1)
     shapes = [(3, 1, 12), (3, 1, 12), (12, 5), (3, 1, 5), (3, 1, 5), (3, 12, 5)]
     inputs = [torch.randn(s) for s in shapes] if operation == "selective_scan" else spaces(torch.float32, "cpu")
+    inputs = [t.to(start.device) for t in inputs]
     inputs = [t[:, :1] if t.dim() > 2 and t.shape[1] == T else t for t in inputs]
     inputs[1], inputs[2] = inputs[1].exp(), -inputs[2].exp()
     compare(fast.recurrent, slow.recurrent, inputs, 1e-5, segments)
@@ -214,10 +225,27 @@ def test_a_token_alone(library: str, operation: str, label: list[int] | None) ->
     assert torch.equal(inputs[5], before)
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(1, 16), (100, 64), (256, 256), (1000, 256)])
+def test_ssd_takes_chunks_of_the_size_asked_for(
+    library: str, asked: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, sizes = kernels("ssd", "mamba_ssm", library), []
+    scanned = fast.mamba_chunk_scan_combined
+
+    def scan_combined(*args: Any, **options: Any) -> Any:
+        sizes.append(args[5])
+        return scanned(*args, **options)
+
+    monkeypatch.setattr(fast, "mamba_chunk_scan_combined", scan_combined)
+    where = device(library)
+    fast.chunkwise(*spaces(torch.float32, where), placements(T, where)["plain"], asked)
+    assert sizes == [taken]
+
+
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("where", placements(T))
 def test_short_convolution(library: str, where: str, width: int) -> None:
-    fast, segments = kernels("conv", "causal_conv1d", library), placements(T)[where]
+    fast, segments = kernels("conv", "causal_conv1d", library), placements(T, device(library))[where]
     shapes = [(3, T, 16), (16, width), (16,), (3, width - 1, 16)]
     inputs = [torch.randn(s, device=device(library)) for s in shapes]
     compare(fast.convolve, conv.convolve, inputs, 1e-5, segments)
@@ -227,7 +255,7 @@ def test_short_convolution(library: str, where: str, width: int) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("where", placements(T))
 def test_attention(library: str, where: str, window: int | None, made: str) -> None:
-    fast, segments = kernels("attention", "flash_attn", library), placements(T)[where]
+    fast, segments = kernels("attention", "flash_attn", library), placements(T, device(library))[where]
     inputs = [torch.randn(3, T, h, 16, device=device(library)).to(torch.float16) for h in (4, 2, 2)]
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64) if made == "alibi" else None
     logits = Logits(0.3, 2.0 if made == "capped" else None, slopes)
@@ -276,6 +304,15 @@ def test_what_is_present_serves_a_gpu_by_name(library: str, operation: str, prov
         select(operation, Target(provider), **needs)
 
 
+def test_a_build_of_mamba_ssm_without_its_scan_is_refused_before_it_is_used(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
+    pytest.importorskip("mamba_ssm")
+    with pytest.raises(ValueError, match=r"selective_scan_cuda is not installed .*MAMBA_KEEP_CUDA_BUILD=TRUE"):
+        select("selective_scan", Target("mamba_ssm", "cuda"), numbers=16)
+
+
 @pytest.mark.parametrize(("operation", "provider"), [(o, p) for o, names in PROVIDERS.items() for p in names])
 def test_an_absent_library_is_a_reason_and_by_name_an_error_that_says_what_to_install(
     operation: str, provider: str, monkeypatch: pytest.MonkeyPatch
@@ -287,5 +324,5 @@ def test_an_absent_library_is_a_reason_and_by_name_an_error_that_says_what_to_in
     for name in list(sys.modules):
         if name.startswith(f"{library}.") or name == f"eulerstack.kernels.{operation}.{provider}":
             monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ValueError, match=r"is not installed \(pip install [a-z0-9-]+\)"):
+    with pytest.raises(ValueError, match=r"is not installed \(pip install [^)]+\)"):
         select(operation, Target(provider, "cuda", torch.bfloat16), **NEEDS.get(operation, {}))

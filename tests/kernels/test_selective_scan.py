@@ -46,13 +46,13 @@ def defined(inputs: list[Tensor], segments: Segments) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-def placements(tokens: int) -> dict[str, Segments]:
+def placements(tokens: int, device: str = "cpu") -> dict[str, Segments]:
     """Three rows of 11 tokens or more: plain, packed, padded, and all at once."""
-    start = torch.zeros(3, dtype=torch.int64)
-    index = torch.arange(tokens)
+    start = torch.zeros(3, dtype=torch.int64, device=device)
+    index = torch.arange(tokens, device=device)
     real = torch.stack([index >= 2, index < tokens - 4, index < 0])
     document = torch.stack([index // 3, index // 8, index * 0])
-    carries = torch.tensor([False, True, True])
+    carries = torch.tensor([False, True, True], device=device)
     return {
         "plain": Segments.dense(tokens, start),
         "packed": Segments(document=document, carries=carries).placed(start, tokens),

@@ -5,6 +5,7 @@ Token n that writes has B = e_n, a step of 2^-60 and x = 2^60 state[:, n], exact
 C = e_n and no step. Where gradients are wanted of a single token it is PyTorch's.
 """
 
+import selective_scan_cuda  # noqa: F401 - the scan itself: without it mamba-ssm imports all the same, and fails in use
 import torch
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -66,7 +67,8 @@ def recurrent(
         return reference.recurrent(x, dt, A, B, C, state, segments)
     state = state.clone() if segments.plain else state * (segments.running == 0)[..., None]
     dt = segments.mask(dt.to(state.dtype))[:, 0]
-    y = selective_state_update(state, x[:, 0].to(state.dtype), dt, A.to(state.dtype), B[:, 0].float(), C[:, 0].float())
+    inputs = (x[:, 0].to(state.dtype), dt, A.to(state.dtype), B[:, 0].float(), C[:, 0].float())
+    y = selective_state_update(state, *inputs, dt_bias=torch.zeros_like(dt[0]))  # it fails without a bias
     return segments.mask(y[:, None]), state
 
 

@@ -1,6 +1,7 @@
 """SSD by mamba-ssm's Triton kernels (`mamba_chunk_scan_combined`), one token by its `selective_state_update`.
 
-They choose their own chunk. Where gradients are wanted of a single token it is PyTorch's, for the update has none.
+Chunks are powers of two from 16 to 256. Where gradients are wanted of a single token it is PyTorch's, for the update
+has none.
 """
 
 import torch
@@ -27,7 +28,10 @@ def parallel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: S
 def chunkwise(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Segments, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """T tokens that continue `state`: of documents, only number 0 sees it. Padding has dt = 0. Returns y and state."""
+    """T tokens that continue `state`: of documents, only number 0 sees it. Padding has dt = 0. Returns y and state.
+
+    A chunk is the largest power of two in `chunk_size`, between 16 and 256.
+    """
     if x.shape[1] == 0:
         return x.to(state.dtype), state
     y, after = mamba_chunk_scan_combined(
@@ -36,7 +40,7 @@ def chunkwise(
         A.to(state.dtype),
         B.to(x.dtype).contiguous(),
         C.to(x.dtype).contiguous(),
-        CHUNK,
+        min(max(1 << (chunk_size.bit_length() - 1), 16), CHUNK),
         initial_states=state.contiguous(),
         seq_idx=None if segments.plain else segments.running.to(torch.int32),
         return_final_states=True,
@@ -51,11 +55,12 @@ def recurrent(
     """One token (T = 1) that continues `state`. Returns y [B, 1, H, P] and the state after it."""
     if torch.is_grad_enabled():
         return reference.recurrent(x, dt, A, B, C, state, segments)
-    P, N = state.shape[2:]
+    H, P, N = state.shape[1:]
     state = (state * (segments.running == 0)[:, :, None, None]) if not segments.plain else state.clone()
     dt = segments.mask(dt.to(state.dtype))[:, 0, :, None].expand(-1, -1, P)
     A = A.to(state.dtype)[:, None, None].expand(-1, P, N)
-    y = selective_state_update(state, x[:, 0], dt, A, B[:, 0].contiguous(), C[:, 0].contiguous())
+    none = dt.new_zeros(()).expand(H, P)  # the update fails without a bias, and is fast where that is one for a head
+    y = selective_state_update(state, x[:, 0], dt, A, B[:, 0].contiguous(), C[:, 0].contiguous(), dt_bias=none)
     return segments.mask(y[:, None].to(state.dtype)), state
 
 
