@@ -27,7 +27,10 @@ class Forms(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Kernels of one operation; `refuses(target, **needs)` says why they cannot serve, or None."""
+    """Kernels of one operation; `refuses(target, **needs)` says why they cannot serve, or None.
+
+    A need that is not named is the least that there can be.
+    """
 
     kernels: Any
     refuses: Callable[..., str | None]

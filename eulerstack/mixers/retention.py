@@ -135,10 +135,10 @@ class Retention(Retained):
         super().__init__()
         width, self.heads = stack.model.d_model, stack.model.n_heads
         self.spec, self.chunked = spec, spec.chunkwise
-        self.choices = (select("retention", target),)
-        self.ops = self.choices[0].kernels
         value = spec.value_width(width)
         self.key_dim, self.value_dim = width // self.heads, value // self.heads
+        self.choices = (select("retention", target, head_dim=self.key_dim, value_dim=self.value_dim),)
+        self.ops = self.choices[0].kernels
         self.rope = make_rope(stack.embedding, stack.model.max_seq_len, self.key_dim) if spec.rope else None
         self.decay = Decay(spec.gamma, width, self.heads)
         self.q_proj = nn.Linear(width, width, bias=False)

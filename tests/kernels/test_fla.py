@@ -64,8 +64,11 @@ def drawn(kind: str, dtype: torch.dtype) -> list[Tensor]:
     return [t.to(DEVICE) for t in (q.to(dtype), k.to(dtype), v.to(dtype), decay, state)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kind", ["fixed", "gated", "none"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in ("fixed", "gated") for dtype in (torch.float32, torch.float16)]
+    + [("none", torch.float32)],  # linear attention computes in float32
+)
 @pytest.mark.parametrize("where", placements(T))
 def test_outputs_states_and_gradients(where: str, kind: str, dtype: torch.dtype) -> None:
     fast = select("retention", Target("fla", DEVICE, dtype)).kernels
@@ -97,3 +100,9 @@ def test_ssd() -> None:
 def test_float64_is_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
         select("retention", Target("fla", DEVICE, torch.float64))
+
+
+def test_odd_heads_are_refused_in_16_bits() -> None:
+    with pytest.raises(ValueError, match="even number of channels in 16 bits, not 16 and 33"):
+        select("retention", Target("fla", DEVICE, torch.bfloat16), head_dim=16, value_dim=33)
+    assert select("retention", Target("fla", DEVICE), head_dim=16, value_dim=33).provider == "fla"

@@ -19,7 +19,7 @@ from eulerstack.kernels.attention import Logits
 from eulerstack.kernels.attention import torch as attention
 from eulerstack.kernels.conv import torch as conv
 from eulerstack.kernels.provider import Target
-from eulerstack.kernels.select import PROVIDERS, select
+from eulerstack.kernels.select import PROVIDERS, select, survey
 from eulerstack.kernels.selective_scan import torch as scan
 from eulerstack.kernels.ssd import torch as ssd
 
@@ -302,6 +302,14 @@ def test_what_is_present_serves_a_gpu_by_name(library: str, operation: str, prov
     assert select(operation, Target(provider, "cuda", torch.bfloat16), **needs).provider == provider
     with pytest.raises(ValueError, match=r"runs on a GPU only|float16"):
         select(operation, Target(provider), **needs)
+
+
+def test_doctor_finds_what_is_present(library: str) -> None:
+    if library == "real":
+        for adapter in ADAPTERS:
+            pytest.importorskip(adapter.partition(".")[2])
+    refusals = {f"{a.operation}.{a.provider}": a.refusal for a in survey(Target("auto", "cuda", torch.bfloat16))}
+    assert [refusals[adapter] for adapter in ADAPTERS] == [None] * 4
 
 
 def test_a_build_of_mamba_ssm_without_its_scan_is_refused_before_it_is_used(

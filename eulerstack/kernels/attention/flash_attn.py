@@ -50,7 +50,13 @@ def whole(
 
 
 def refuses(
-    target: Target, *, head_dim: int, value_dim: int, sinks: bool, capped_drop: bool, **needs: Any
+    target: Target,
+    *,
+    head_dim: int = 8,
+    value_dim: int = 8,
+    sinks: bool = False,
+    capped_drop: bool = False,
+    **needs: Any,
 ) -> str | None:
     """What the kernels were compiled for."""
     if target.dtype not in (torch.float16, torch.bfloat16):

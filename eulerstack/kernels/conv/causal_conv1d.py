@@ -28,7 +28,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: S
     return y.transpose(1, 2)[:, kept:], after
 
 
-def refuses(target: Target, *, width: int, channels: int, **needs: Any) -> str | None:
+def refuses(target: Target, *, width: int = 4, channels: int = 8, **needs: Any) -> str | None:
     """They were compiled for 2 to 4 taps, and read eight channels at once."""
     if not 2 <= width <= 4:
         return f"has 2 to 4 taps, not d_conv = {width}"

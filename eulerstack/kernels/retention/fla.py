@@ -52,8 +52,10 @@ def _packed(
     return y.unflatten(0, (B, T)), torch.where(kept, state, after[found.last].to(state.dtype))
 
 
-def refuses(target: Target, **needs: Any) -> str | None:
+def refuses(target: Target, *, head_dim: int = 2, value_dim: int = 2, **needs: Any) -> str | None:
     """Triton compiles for a GPU; its interpreter (TRITON_INTERPRET=1) runs the same kernels slowly on a CPU."""
+    if (head_dim % 2 or value_dim % 2) and target.dtype in (torch.float16, torch.bfloat16):
+        return f"takes heads of an even number of channels in 16 bits, not {head_dim} and {value_dim}"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return on_gpu(replace(target, device="cuda") if interpreted else target)
 

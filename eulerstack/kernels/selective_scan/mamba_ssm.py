@@ -72,7 +72,7 @@ def recurrent(
     return segments.mask(y[:, None]), state
 
 
-def refuses(target: Target, *, numbers: int) -> str | None:
+def refuses(target: Target, *, numbers: int = 1) -> str | None:
     """The kernel was compiled for states of up to 256 numbers a channel."""
     return f"has d_state of up to 256, not {numbers}" if numbers > 256 else on_gpu(target)
 

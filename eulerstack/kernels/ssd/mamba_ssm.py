@@ -64,7 +64,7 @@ def recurrent(
     return segments.mask(y[:, None].to(state.dtype)), state
 
 
-def refuses(target: Target, *, numbers: int) -> str | None:
+def refuses(target: Target, *, numbers: int = 1) -> str | None:
     """The kernels hold d_state numbers at once."""
     return f"has d_state of up to 256, not {numbers}" if numbers > 256 else on_gpu(target)
 
