@@ -14,6 +14,11 @@ __all__ = ["FP32", "FP64", "build_mini", "close", "rms_ratio"]
 FP64, FP32 = 1e-12, 1e-5
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers_in_every_run() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def build_mini() -> Callable[..., es.Stack]:
     """A tri-mixer stack of a few thousand parameters, its weights scaled up so that the mixers matter."""
