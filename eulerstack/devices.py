@@ -1,9 +1,9 @@
-"""GPUs that people train on: memory, and the dense matmul rate in 16 bits that their makers' data sheets give."""
+"""GPUs that people train on: memory as `nvidia-smi` shows it, and the data sheet's dense matmul rate in 16 bits."""
 
 import difflib
 from dataclasses import dataclass
 
-GB = 10**9
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -15,18 +15,19 @@ class Device:
 
 
 DEVICES = {
-    "a100": Device(80 * GB, 312e12),
-    "a100-40": Device(40 * GB, 312e12),
-    "h100": Device(80 * GB, 989e12),
-    "h200": Device(141 * GB, 989e12),
-    "b200": Device(180 * GB, 2250e12),
-    "a10": Device(24 * GB, 125e12),
-    "l4": Device(24 * GB, 121e12),
-    "l40s": Device(48 * GB, 362e12),
-    "rtx3090": Device(24 * GB, 71e12),
-    "rtx4090": Device(24 * GB, 165e12),
-    "t4": Device(16 * GB, 65e12),
-    "v100": Device(32 * GB, 125e12),
+    "a100": Device(81_920 * MIB, 312e12),
+    "a100-80": Device(81_920 * MIB, 312e12),
+    "a100-40": Device(40_960 * MIB, 312e12),
+    "h100": Device(81_559 * MIB, 989e12),
+    "h200": Device(143_771 * MIB, 989e12),
+    "b200": Device(183_359 * MIB, 2250e12),
+    "a10": Device(23_028 * MIB, 125e12),
+    "l4": Device(23_034 * MIB, 121e12),
+    "l40s": Device(46_068 * MIB, 362e12),
+    "rtx3090": Device(24_576 * MIB, 71e12),
+    "rtx4090": Device(24_564 * MIB, 165e12),
+    "t4": Device(15_360 * MIB, 65e12),
+    "v100": Device(32_768 * MIB, 125e12),
 }
 """By the name that `estimate --device` takes. SXM versions where there are several."""
 

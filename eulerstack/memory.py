@@ -8,8 +8,10 @@ allocates inside itself is not seen.
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from fractions import Fraction
 from itertools import accumulate
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -26,19 +28,22 @@ from .spec import LayerSpec, StackSpec, with_hints
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
-LONG = 1024
-"""Tokens up to which every layer is counted as it is."""
+LENGTHS = (256, 512, 768)
+"""Tokens from which the bytes of a longer layer are drawn out, where Python leads its kernels through the tokens.
 
-LOOPS = {(operation, "torch") for operation in ("selective_scan", "wkv", "retention", "ssd")}
-"""Kernels that Python leads through tokens or chunks, whose bytes grow by the token."""
+The mask of a larger window beside such kernels is not seen: 1.4 % of arch_expert_hymba at 4,096 tokens.
+"""
+
+LOOPS = {("selective_scan", "torch"), ("wkv", "torch")}
+"""Such kernels: operation, provider."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
     """Bytes at the peak of a training step, which is their sum.
 
-    activations: what the layers keep for the backward. work: what comes on top at the peak, logits and loss or what a
-    layer's backward is at.
+    activations: what the layers keep for the backward. work: what the peak has on top, be it logits and loss, what a
+    layer's backward is at, or the optimizer's step.
     """
 
     weights: int
@@ -75,7 +80,7 @@ class Step:
     """The layers of a training step, and the ends around them: embedding, norm, head and loss.
 
     embedded: bytes of the first layer's input. shared: what the first layer to ask makes for all, phases and masks.
-    optimizer: bytes of its state.
+    optimizer: bytes of its state. stepping: what it allocates on top while it steps.
     """
 
     layers: tuple[Part, ...]
@@ -83,6 +88,7 @@ class Step:
     embedded: int
     shared: int
     optimizer: int
+    stepping: int
 
     def memory(self, checkpointed: bool = False) -> TrainingMemory:
         """At the peak, with `checkpointed` layers or without."""
@@ -95,7 +101,7 @@ class Step:
         return TrainingMemory(weights, weights, self.optimizer, before[-1], work)
 
     def _peaks(self, layers: tuple[Part, ...], before: list[int], gradients: list[int], weights: int) -> Iterator[int]:
-        """Of each part's forward and backward.
+        """Of each part's forward and backward, and of the optimizer's step.
 
         `before` a layer's forward so much is kept, before its backward there are so many bytes of gradients. Those of
         the last step are there until the backward starts: Lightning drops them between forward and backward.
@@ -103,9 +109,24 @@ class Step:
         still = weights + self.optimizer
         yield still + weights + before[-1] - self.embedded + self.ends.forward
         yield still + before[-1] - self.embedded + self.ends.backward
+        yield still + weights + self.stepping
         for layer, kept, made in zip(layers, before, gradients, strict=False):
             yield still + weights + kept + layer.forward
             yield still + made + kept + layer.backward
+
+
+def grown(step: Step, more: Step, times: int) -> Step:
+    """`times` the difference of two steps on top of the first: all sizes but the peak grow evenly by the row."""
+
+    def sizes(one: Any, other: Any) -> list[int]:
+        return [size + times * (larger - size) for size, larger in zip(one, other, strict=True)]
+
+    def part(one: Part, other: Part) -> Part:
+        return Part(*sizes(astuple(one), astuple(other)))
+
+    layers = tuple(map(part, step.layers, more.layers))
+    ends = sizes(*((s.embedded, s.shared, s.optimizer, s.stepping) for s in (step, more)))
+    return Step(layers, part(step.ends, more.ends), *ends)
 
 
 def count_step(spec: StackSpec, batch: int, tokens: int, precision: Precision = "32-true", device: str = "cpu") -> Step:
@@ -121,12 +142,12 @@ def count_step(spec: StackSpec, batch: int, tokens: int, precision: Precision = 
     stack.check_length(tokens, training=True)
     mixed = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16-mixed" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive, mixed:
-        return _count(stack, batch, tokens, alive)
+        return _count(stack, batch, tokens, device, alive)
 
 
-def _count(stack: Stack, batch: int, tokens: int, alive: "Alive") -> Step:
+def _count(stack: Stack, batch: int, tokens: int, device: str, alive: "Alive") -> Step:
     """Equal layers are counted once; weights that layers share, with the first of them."""
-    optimizer = _optimizer(stack)
+    optimizer = _optimizer(stack, device)
     blocks, stack.plan, stack.layers = stack.blocks, (), nn.ModuleDict()
     stack.to_empty(device="cpu")
     ids = torch.zeros(batch, tokens, dtype=torch.int64)
@@ -142,19 +163,27 @@ def _count(stack: Stack, batch: int, tokens: int, alive: "Alive") -> Step:
             shared += more
         layers.append(replace(part, weights=0) if block in seen else part)
         seen.add(block)
-    return Step(tuple(layers), ends, _bytes(stack.embedding(ids)), shared, optimizer)
+    return Step(tuple(layers), ends, _bytes(stack.embedding(ids)), shared, *optimizer)
 
 
 def _layer(block: Block, embedding: nn.Module, ids: Tensor, alive: "Alive") -> tuple[Part, int]:
-    """A layer, and bytes that it makes for all layers. One whose kernels loop over tokens is drawn out from LONG."""
+    """A layer, and bytes that it makes for all layers. A long one whose kernels loop over tokens is drawn out."""
     block.to_empty(device="cpu")
     tokens = ids.shape[1]
-    if tokens <= LONG or not any(choice[:2] in LOOPS for choice in block.mixer.choices):
+    if tokens <= LENGTHS[-1] or not any(choice[:2] in LOOPS for choice in block.mixer.choices):
         return _measured(block, embedding(ids), alive)
-    (half, some), (whole, more) = (_measured(block, embedding(ids[:, :n]), alive) for n in (LONG // 2, LONG))
-    times = (tokens - LONG) / (LONG - LONG // 2)
-    grown = {name: value + round((value - getattr(half, name)) * times) for name, value in vars(whole).items()}
-    return Part(**grown), more + round((more - some) * times)
+    parts, shared = zip(*(_measured(block, embedding(ids[:, :n]), alive) for n in LENGTHS), strict=True)
+    drawn = (_drawn_out(sizes, tokens) for sizes in zip(*map(astuple, parts), strict=True))
+    return Part(*drawn), _drawn_out(shared, tokens)
+
+
+def _drawn_out(sizes: tuple[int, ...], tokens: int) -> int:
+    """Bytes at `tokens` of what has `sizes` at LENGTHS: a parabola, for a mixer beside the loop may have a mask."""
+    terms = (
+        size * prod(Fraction(tokens - other, length - other) for other in LENGTHS if other != length)
+        for size, length in zip(sizes, LENGTHS, strict=True)
+    )
+    return round(sum(terms))
 
 
 def _measured(block: Block, x: Tensor, alive: "Alive") -> tuple[Part, int]:
@@ -165,10 +194,17 @@ def _measured(block: Block, x: Tensor, alive: "Alive") -> tuple[Part, int]:
     return _part(block, alive, lambda: _outputs(block, x, segments)), shared
 
 
-def _optimizer(stack: Stack) -> int:
-    """Bytes of the optimizer's state: AdamW keeps two numbers of each weight, Muon one."""
+def _optimizer(stack: Stack, device: str) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and of what its step allocates on top.
+
+    AdamW keeps two numbers of each weight, Muon one. AdamW's step makes one more of each on a GPU, where PyTorch steps
+    all weights together, and two of one weight on a CPU, where it steps one after the other.
+    """
     kind = stack.spec.training_hints.optimizer
-    return sum((1 if to_muon(n, w.dim(), kind) else 2) * _bytes(w) for n, w in stack.named_parameters())
+    muon, adamw = [0], [0]
+    for name, weight in stack.named_parameters():
+        (muon if to_muon(name, weight.dim(), kind) else adamw).append(_bytes(weight))
+    return sum(muon) + 2 * sum(adamw), 2 * max(adamw) if device == "cpu" else sum(adamw)
 
 
 def _outputs(block: Block, x: Tensor, segments: Segments) -> list[Tensor]:

@@ -7,22 +7,29 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import eulerstack as es
+from eulerstack import memory
 from eulerstack.memory import count_step
 from eulerstack.spec import with_hints
 from eulerstack.training.optim import make_optimizer
 
 MINIS = sorted(name for name in es.presets() if "mini" in name)
+MAMBA1 = {"variant": "mamba1", "d_state": 4}
 QUICK = ["arch_expert_research_mini", "arch_expert_mixtral_moe_mini"]
 
 
-def measured(spec: es.StackSpec, batch: int, tokens: int) -> int:
-    """The peak of two steps in Lightning's order, the loss of the step before still there in the second forward."""
+def measured(spec: es.StackSpec, batch: int, tokens: int, together: bool = False) -> int:
+    """The peak of two steps in Lightning's order, the loss of the step before still there in the second forward.
+
+    together: AdamW steps all weights at once, as PyTorch has it do on a GPU.
+    """
     ids = torch.randint(0, spec.model.vocab_size, (batch, tokens))
     es.build(spec).losses(ids[:, :70], ids[:, :70])[0].backward()  # what is compiled once is not the step's
     with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         warnings.simplefilter("ignore")
         model = es.build(spec)
         optimizer = make_optimizer(model.named_parameters(), spec.training_hints)
+        for group in optimizer.param_groups:
+            group["foreach"] = together or None
         for _ in range(2):
             loss, parts = model.losses(ids, ids)
             optimizer.zero_grad()
@@ -59,9 +66,28 @@ def test_with_checkpointing_and_other_optimizers(hints: dict[str, str]) -> None:
     check(with_hints(es.load("arch_expert_research_mini"), hints), 4, 256)
 
 
+def test_the_optimizers_step_is_counted_where_it_is_the_peak() -> None:
+    spec = es.load("arch_beginner_llama_mini", ["model.d_model=512", "model.n_heads=8"])
+    counted = count_step(spec, 1, 16, device="cuda").memory().total
+    assert counted == pytest.approx(measured(spec, 1, 16, together=True), rel=0.02)
+    assert counted > 1.1 * count_step(spec, 1, 16).memory().total
+
+
 @pytest.mark.slow
-def test_long_loops_are_drawn_out() -> None:
+def test_a_long_step_is_counted_as_the_allocator_sees_it() -> None:
     check(es.load("every_mixer_mini"), 1, 2048)
+
+
+def test_long_loops_are_drawn_out_to_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the mask of a window beside them, which grows by the square."""
+    branches = {"a": {"type": "attention", "attention": {"window": 64}}, "m": {"type": "mamba", "mamba": MAMBA1}}
+    b = es.StackBuilder(d_model=64, n_heads=4).template(
+        "b", mixer={"type": "branched", "branched": {"branches": branches}}
+    )
+    spec = b.layers("b").spec()
+    drawn = count_step(spec, 1, 1536, device="cuda")
+    monkeypatch.setattr(memory, "LOOPS", set())
+    assert drawn.memory().total == pytest.approx(count_step(spec, 1, 1536, device="cuda").memory().total, rel=1e-3)
 
 
 def test_weights_that_layers_share_are_counted_once() -> None:

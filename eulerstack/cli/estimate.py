@@ -1,6 +1,7 @@
 """estimate: what a stack costs, as tables in the terminal or as JSON; and the widths of a fair twin."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from ..costs import Estimate
 from ..costs import estimate as count
 from ..devices import USABLE, Device, find
-from ..memory import Precision, TrainingMemory, count_step
+from ..memory import Precision, Step, TrainingMemory, count_step, grown
 from ..spec import StackSpec, load
 from .twin import match as solve
 from .words import in_bytes, short
@@ -24,7 +25,8 @@ def estimate(
 ) -> None:  # fmt: skip
     """Parameters, state and FLOPs, exact; the memory of a training step, counted; what fits a device."""
     if match is not None:
-        print(solve(file, settings, match))
+        twin = solve(file, settings, match)
+        print(json.dumps(twin._asdict(), indent=2) if as_json else twin)
         return
     spec = load(file, settings)
     found = figures(spec, batch, tokens or spec.model.max_seq_len, device, precision)
@@ -39,8 +41,8 @@ def figures(spec: StackSpec, batch: int, tokens: int, device: str | None, precis
     if precision not in PRECISIONS:
         raise ValueError(f"--precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     card, cost = None if device is None else find(device), count(spec)
-    again = spec.training_hints.checkpointing == "block"
     step = count_step(spec, batch, tokens, precision, "cpu" if card is None else "cuda")
+    policies = {"none": _parts(step.memory()), "block": _parts(step.memory(checkpointed=True))}
     forward, training = cost.flops(tokens), 3 * cost.stack.flops(tokens, training=True)
     found = {
         "name": spec.model.name,
@@ -51,38 +53,36 @@ def figures(spec: StackSpec, batch: int, tokens: int, device: str | None, precis
         "forward_flops": batch * forward,
         "training_flops": batch * training,
         "training_flops_per_token": training / tokens,
-        "training_memory": {"precision": precision, "checkpointing": again, **_parts(step.memory(again))},
-        "training_memory_checkpointed": step.memory(True).total,
+        "precision": precision,
+        "checkpointing": spec.training_hints.checkpointing,
+        "training_memory": policies,
         "state_bytes": cost.state_bytes(batch, tokens),
-        "weight_bytes": _weight_bytes(cost, spec.model.dtype),
+        "weight_bytes": sum(weight.numel() * weight.element_size() for weight in cost.stack.parameters()),
     }
-    return found if card is None else {**found, "device": _fit(spec, cost, card, tokens, precision, training, device)}
+    if card is None:
+        return found
+    more = count_step(spec, batch + 1, tokens, precision, "cuda")
+    speed = {"tokens_per_second_at_half_rate": card.flops / 2 / (training / tokens)}
+    return {**found, "device": {"name": device, **_fit(card, found, cost, step, more), **speed}}
 
 
 def _parts(memory: TrainingMemory) -> dict[str, int]:
     return {**vars(memory), "total": memory.total}
 
 
-def _weight_bytes(cost: Estimate, dtype: str) -> int:
-    """Of the weights at inference, in the model's dtype."""
-    return cost.parameters * (4 if dtype == "float32" else 2)
+def _fit(card: Device, found: dict[str, Any], cost: Estimate, step: Step, more: Step) -> dict[str, Any]:
+    """What the device holds; `more` is the step of one row more."""
+    room, again = round(card.memory * USABLE), found["checkpointing"] == "block"
 
+    def trains(rows: int) -> int:
+        return grown(step, more, rows - found["batch"]).memory(again).total
 
-def _fit(
-    spec: StackSpec, cost: Estimate, card: Device, tokens: int, precision: Precision, flops: int, name: str | None
-) -> dict[str, Any]:
-    """What the device can hold and, at half its matmul rate, do. Training memory grows evenly by the row."""
-    room, again = round(card.memory * USABLE), spec.training_hints.checkpointing == "block"
-    one, two = (count_step(spec, rows, tokens, precision, "cuda").memory(again).total for rows in (1, 2))
-    state = cost.state_bytes(1, tokens)["total"]
-    left = room - _weight_bytes(cost, spec.model.dtype)
+    state, left = cost.state_bytes(1, found["tokens"])["total"], room - found["weight_bytes"]
     return {
-        "name": name,
         "memory": card.memory,
         "usable": room,
-        "largest_training_batch": max(0, (room - one) // (two - one) + 1),
+        "largest_training_batch": bisect_right(range(1, 1 << 24), room, key=trains),
         "largest_inference_batch": 0 if left < 0 else None if state == 0 else left // state,
-        "tokens_per_second_at_half_rate": card.flops / 2 / (flops / tokens),
     }
 
 
@@ -101,17 +101,20 @@ def _table(found: dict[str, Any]) -> Table:
     row("training FLOPs", found["training_flops"])
     row("training FLOPs a token", found["training_flops_per_token"])
     table.add_section()
-    training = found["training_memory"]
-    for part in ("weights", "gradients", "optimizer", "activations", "work", "total"):
-        row(f"training bytes, {part}", training[part], in_bytes)
-    row("training bytes, total, with checkpointing", found["training_memory_checkpointed"], in_bytes)
+    policy = found["checkpointing"]
+    for part, size in found["training_memory"][policy].items():
+        row(f"training bytes, {part}", size, in_bytes)
+    other = "none" if policy == "block" else "block"
+    for part in ("activations", "total"):
+        row(f"{part} with checkpointing {other}", found["training_memory"][other][part], in_bytes)
     table.add_section()
     row("inference bytes, weights", found["weight_bytes"], in_bytes)
     for kind, size in found["state_bytes"].items():
         row(f"state bytes, {kind}", size, in_bytes)
     if "device" in found:
         _device(table, found["device"])
-    table.caption = f"training in {training['precision']}; what operations allocate inside themselves is not counted"
+    kernels = ", by PyTorch's kernels" if "device" in found else ""
+    table.caption = f"training in {found['precision']}{kernels}; what operations allocate inside themselves is left out"
     return table
 
 

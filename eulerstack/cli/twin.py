@@ -1,5 +1,7 @@
 """estimate --match: the FFN width at which a stack has as many parameters as another."""
 
+from typing import NamedTuple
+
 from ..costs import estimate as count
 from ..spec import load
 
@@ -7,7 +9,23 @@ WIDEST = 64.0
 """The largest mlp_ratio that the language allows."""
 
 
-def match(file: str, settings: tuple[str, ...], wanted: str) -> str:
+class Twin(NamedTuple):
+    """The mlp_ratio at which a stack of `before` parameters has `parameters`, the nearest to the `goal`."""
+
+    goal: int
+    before: int
+    parameters: int
+    mlp_ratio: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.goal:,} parameters to match; without a change the stack has {self.before:,}.\n"
+            f"--set model.mlp_ratio={self.mlp_ratio!r} gives it {self.parameters:,} "
+            f"({self.parameters / self.goal - 1:+.2%})."
+        )
+
+
+def match(file: str, settings: tuple[str, ...], wanted: str) -> Twin:
     """The setting that gives `file` the parameters of another, `parameters=FILE`: FFN widths in steps of 8 channels.
 
     Raises ValueError where no width does.
@@ -32,7 +50,4 @@ def match(file: str, settings: tuple[str, ...], wanted: str) -> str:
         middle = (low + high) // 16 * 8
         low, high = (middle, high) if parameters(middle) < goal else (low, middle)
     best = min((low, high), key=lambda channels: abs(parameters(channels) - goal))
-    return (
-        f"{other} has {goal:,} parameters, {spec.model.name} {count(spec).parameters:,}.\n"
-        f"--set model.mlp_ratio={best / width!r} gives it {parameters(best):,} ({parameters(best) / goal - 1:+.2%})."
-    )
+    return Twin(goal, count(spec).parameters, parameters(best), best / width)

@@ -186,7 +186,7 @@ def short(number: float, units: str = "TGMk") -> str:
 
 def in_bytes(number: float) -> str:
     """Three digits and a unit: 12.6 MiB."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f} B"

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eulerstack as es
 from eulerstack.cli.estimate import figures
-from eulerstack.cli.twin import match
 from eulerstack.devices import DEVICES, USABLE
 from eulerstack.memory import count_step
 
@@ -26,8 +25,9 @@ def test_json_has_what_the_table_shows(eulerstack: Callable[..., Result]) -> Non
     model = es.build(es.load(MINI))
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["state_bytes"]["total"] == model.init_state(2, 64).nbytes()
-    memory = found["training_memory"]
+    memory = found["training_memory"]["none"]
     assert memory["total"] == sum(memory[k] for k in ("weights", "gradients", "optimizer", "activations", "work"))
+    assert memory["total"] > found["training_memory"]["block"]["total"]
     table = eulerstack("estimate", MINI, "--batch", "2", "--tokens", "64", "--device", "a100").stdout
     assert all(f"{number:,}" in table for number in (found["parameters"], memory["total"], found["training_flops"]))
 
@@ -40,20 +40,28 @@ def test_flops_are_those_of_a_counted_run(name: str) -> None:
     assert es.estimate(model.spec).flops(16) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_largest_batch_fits_and_one_more_does_not(batch: int) -> None:
     spec, room = es.load(MINI), DEVICES["l4"].memory * USABLE
-    rows = figures(spec, 1, 1024, "l4", "32-true")["device"]["largest_training_batch"]
+    rows = figures(spec, batch, 1024, "l4", "32-true")["device"]["largest_training_batch"]
     totals = [count_step(spec, n, 1024, device="cuda").memory().total for n in (rows, rows + 1)]
     assert totals[0] <= room < totals[1]
 
 
-def test_a_twin_has_as_many_parameters() -> None:
-    said = match(
-        "arch_expert_research_mini_retnet", ("model.n_heads=4", "layer_schedule.0.repeat=5"), f"parameters={MINI}"
-    )
-    setting = next(word for word in said.split() if word.startswith("model.mlp_ratio="))
-    twin = es.load("arch_expert_research_mini_retnet", ["layer_schedule.0.repeat=5", setting])
-    assert es.estimate(twin).parameters == pytest.approx(es.estimate(es.load(MINI)).parameters, rel=0.01)
+def test_the_weights_at_inference_are_those_of_the_built_model() -> None:
+    spec = es.load(MINI, ["model.dtype=bfloat16"])
+    weights = es.build(spec).parameters()
+    assert figures(spec, 1, 64, None, "32-true")["weight_bytes"] == sum(w.numel() * w.element_size() for w in weights)
+
+
+def test_a_twin_has_as_many_parameters(eulerstack: Callable[..., Result]) -> None:
+    changes = ["--set", "layer_schedule.0.repeat=5", "--match", f"parameters={MINI}"]
+    found = json.loads(eulerstack("estimate", f"{MINI}_retnet", *changes, "--json").stdout)
+    setting = f"model.mlp_ratio={found['mlp_ratio']!r}"
+    assert f"--set {setting} gives it" in eulerstack("estimate", f"{MINI}_retnet", *changes).stdout
+    twin = es.load(f"{MINI}_retnet", ["layer_schedule.0.repeat=5", setting])
+    assert es.estimate(twin).parameters == found["parameters"] == pytest.approx(found["goal"], rel=0.01)
+    assert found["goal"] == es.estimate(es.load(MINI)).parameters
 
 
 @pytest.mark.parametrize(
