@@ -1,7 +1,7 @@
 """Stack: embedding, layers, norm and head, in the same three forms as its mixers."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -120,8 +120,7 @@ class Stack(nn.Module):
 
         The total is the sum of the scalar parts. `router_load/LAYER` [E] counts what each expert was chosen for.
         """
-        self.check_length(tokens.shape[1], training=True)
-        placed = self._placed(tokens, segments)
+        placed = self._placed(tokens, segments, training=True)
         x, routings = self._sequence(tokens, placed, Block.__call__)
         parts = {"cross_entropy": _cross_entropy(self._logits(x), targets)}
         if self.spec.head.mtp is not None:
@@ -196,18 +195,17 @@ class Stack(nn.Module):
         """Draw all weights anew: outputs into the residual stream are scaled by 1 / sqrt(how many there are)."""
         adds = sum(1 + (block.ffn is not None) for block in self.blocks)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
-        for layer in self.plan:
-            if layer.weights_of == layer.index:
-                self.blocks[layer.index].reset_parameters(out_scale=adds**-0.5)
+        for block in cast(Iterable[Block], self.layers.values()):
+            block.reset_parameters(out_scale=adds**-0.5)
         self.norm.reset_parameters()
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
         for module in self._heads:
             module.reset_parameters(out_scale=adds**-0.5)
 
-    def _placed(self, tokens: Tensor, segments: Segments | None) -> Segments:
+    def _placed(self, tokens: Tensor, segments: Segments | None, training: bool = False) -> Segments:
         """The segments of whole sequences. Raises ValueError for sequences longer than the stack can hold."""
-        self.check_length(tokens.shape[1])
+        self.check_length(tokens.shape[1], training)
         if segments is None:
             return Segments.dense(tokens.shape[1], device=tokens.device)
         start = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)

@@ -6,7 +6,7 @@ over those tensors. A state handed to `chunkwise` or `recurrent` is consumed: us
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -148,10 +148,7 @@ class BranchedState(LayerState):
         return {f"{i}.{name}": t for i, state in enumerate(self.branches) for name, t in state.tensors().items()}
 
     def bytes_by_kind(self) -> dict[str, int]:
-        count: Counter[str] = Counter()
-        for state in self.branches:
-            count.update(state.bytes_by_kind())
-        return dict(count)
+        return sum_by_kind(self.branches)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "BranchedState":
         return BranchedState(tuple(state.map(change) for state in self.branches))
@@ -162,6 +159,14 @@ class BranchedState(LayerState):
 
     def rewindable(self, tokens: int) -> bool:
         return all(state.rewindable(tokens) for state in self.branches)
+
+
+def sum_by_kind(states: Iterable[LayerState]) -> dict[str, int]:
+    """Bytes of each kind of state in all of them."""
+    count: Counter[str] = Counter()
+    for state in states:
+        count.update(state.bytes_by_kind())
+    return dict(count)
 
 
 class Stateful(Protocol):
@@ -204,10 +209,7 @@ class StackState:
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of each kind of state."""
-        count: Counter[str] = Counter()
-        for layer in self.layers:
-            count.update(layer.bytes_by_kind())
-        return dict(count)
+        return sum_by_kind(self.layers)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "StackState":
         """A state with `change` applied to every tensor, `length` included."""
@@ -247,8 +249,8 @@ class StackState:
                         f"cannot put {name} of {tuple(theirs.shape)} into {len(index)} rows of {tuple(mine.shape)}; "
                         f"make both with init_state(max_tokens={self.max_tokens}, rollback={self.rollback_limit})"
                     )
-                if theirs.untyped_storage().data_ptr() != mine.untyped_storage().data_ptr():  # else it is there
-                    mine.index_copy_(0, index, theirs.to(mine.dtype))
+                shared = theirs.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()  # rows of this state
+                mine.index_copy_(0, index, (theirs.clone() if shared else theirs).to(mine.dtype))
         return replace(self, bound=max(self.bound, other.bound))
 
     def reset(self, rows: Tensor | Sequence[int]) -> "StackState":

@@ -67,6 +67,9 @@ def test_rows_are_put_among_others(build_mini: Build) -> None:
             close(got[:1], model.parallel(tokens[2:])[:, at : at + 1], 1e-12)
         got, _ = model.recurrent(tokens[[1, 1], 9:10], batch.select([1, 1]))
         close(got[1:], model.parallel(tokens[1:2])[:, 9:10], 1e-12)
+        moved = batch.put([0], batch.map(lambda t: t[1:2]))  # a row of the state itself
+        assert moved.length.tolist() == [9, 9]
+        assert all(torch.equal(t[0], t[1]) for layer in moved.layers for t in layer.tensors().values())
         for other in (model.init_state(1, 30), model.init_state(2, 40)):
             with pytest.raises(ValueError, match="cannot put"):
                 batch.put([0], other)
