@@ -32,6 +32,11 @@ class Estimate:
     active_parameters: int
     layers: tuple[LayerCost, ...]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights in the model's dtype, with what stays float32 in it."""
+        return sum(p.numel() * p.element_size() for p in self.stack.parameters())
+
     def flops(self, tokens: int) -> int:
         """Forward FLOPs of one sequence of `tokens`; training costs about three times that."""
         return self.stack.flops(tokens)

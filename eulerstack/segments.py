@@ -207,6 +207,15 @@ class Documents(NamedTuple):
     incoming: Tensor  # [N] bool, whether it continues the row's state
     last: Tensor  # [B] int64, the row's last document; -1 in a row of padding
 
+    def packed(self, x: Tensor) -> Tensor:
+        """The real tokens of x [B, T, ...], [total, ...]."""
+        return x.flatten(0, 1)[self.place]
+
+    def spread(self, y: Tensor, batch: int, tokens: int) -> Tensor:
+        """y [total, ...] back in its places, zeros at the padding, [batch, tokens, ...]."""
+        flat = y.new_zeros(batch * tokens, *y.shape[1:]).index_copy(0, self.place, y)
+        return flat.unflatten(0, (batch, tokens))  # type: ignore[no-any-return]
+
 
 def _documents(segments: Segments, batch: int) -> Documents:
     assert segments.position is not None

@@ -57,7 +57,7 @@ def figures(spec: StackSpec, batch: int, tokens: int, device: str | None, precis
         "checkpointing": spec.training_hints.checkpointing,
         "training_memory": policies,
         "state_bytes": cost.state_bytes(batch, tokens),
-        "weight_bytes": sum(weight.numel() * weight.element_size() for weight in cost.stack.parameters()),
+        "weight_bytes": cost.weight_bytes,
     }
     if card is None:
         return found

@@ -108,12 +108,12 @@ def _tokens(spec: StackSpec) -> Iterator[Problem]:
 def _state(spec: StackSpec, cost: Estimate) -> Iterator[Problem]:
     """One row of max_seq_len tokens, against the weights and against a budget."""
     length, state = spec.model.max_seq_len, cost.state_bytes(1, spec.model.max_seq_len)
-    weights = sum(p.numel() * p.element_size() for p in cost.stack.parameters())
     cache = sum(state.get(kind, 0) for kind in ("KV", "latent", "history"))
     fix = "use n_kv_heads, a window, latent_dim or recurrent mixers, or a shorter max_seq_len"
     if cache > KV_BYTES:
         message = f"one row of {length:,} tokens caches {cache / 2**30:.1f} GiB"
         yield _warn("model.max_seq_len", message, fix, length)
-    elif state["total"] > weights:
-        message = f"one row of {length:,} tokens keeps {state['total'] / weights:.1f} times the bytes of the weights"
+    elif state["total"] > cost.weight_bytes:
+        times = state["total"] / cost.weight_bytes
+        message = f"one row of {length:,} tokens keeps {times:.1f} times the bytes of the weights"
         yield _warn("model.max_seq_len", message, fix, length)

@@ -51,3 +51,8 @@ def on_gpu(target: Target, **needs: Any) -> str | None:
     if target.device in ("cpu", "meta"):
         return "runs on a GPU only"
     return "has no float64" if target.dtype == torch.float64 else None
+
+
+def mamba_ssm(target: Target, *, numbers: int = 1) -> str | None:
+    """The answer of mamba-ssm's kernels, which hold the d_state numbers of a channel at once."""
+    return f"has d_state of up to 256, not {numbers}" if numbers > 256 else on_gpu(target)

@@ -40,7 +40,7 @@ def nodes(path: Path, data: Any) -> list[Node]:
     """The definitions of what may stand there; where the data say which of several is meant, that one."""
     found = _alternatives(_language(tuple(known().items())))
     for step in path:
-        data = _item(data, step)
+        data = item(data, step)
         found = [part for node in found for part in _alternatives(_child(node, step))]
         found = [node for node in found if _fits(node, data)] or found
     return found
@@ -52,11 +52,12 @@ def _language(extensions: tuple[tuple[str, type[ExtensionMixer]], ...]) -> Node:
     return extended(StackSpec.model_json_schema(), dict(extensions))
 
 
-def _item(data: Any, step: str | int) -> Any:
+def item(data: Any, step: str | int, missing: Any = None) -> Any:
+    """What stands at one step of a path."""
     if isinstance(data, dict):
-        return data.get(step)
+        return data.get(step, missing)
     within = isinstance(data, tuple | list) and isinstance(step, int) and step < len(data)
-    return data[step] if within else None
+    return data[step] if within else missing
 
 
 def _alternatives(node: Node) -> list[Node]:

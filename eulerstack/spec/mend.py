@@ -3,7 +3,7 @@
 from typing import Any
 
 from .errors import Problem, near
-from .keys import is_required, siblings, stand_in
+from .keys import is_required, item, siblings, stand_in
 from .yaml import Document, Path
 
 HARMLESS = {"repeat": 2}
@@ -45,11 +45,7 @@ def _rename(document: Document, path: Path, meant: str | None) -> None:
 def _at(value: Any, path: Path) -> Any:
     """What stands there, if anything does."""
     for step in path:
-        if isinstance(value, dict):
-            value = value.get(str(step), _GONE)
-        else:
-            within = isinstance(value, tuple | list) and isinstance(step, int) and step < len(value)
-            value = value[step] if within else _GONE
+        value = item(value, step, _GONE)
     return value
 
 

@@ -24,29 +24,25 @@ def whole(
 
     drop: the share of weights that are dropped, and the others scaled up.
     """
-    B, T, H = q.shape[:3]
+    B, T = q.shape[:2]
     found = segments.documents(B)
-    y = q.new_zeros(B * T, H, v.shape[3])
-    if found.place.numel():
-        bounds, longest = found.bounds.to(torch.int32), int(found.bounds.diff().max())
-        packed = (t.flatten(0, 1)[found.place].contiguous() for t in (q, k, v))
-        slopes = None if logits.slopes is None else logits.slopes.to(q.device, torch.float32)
-        some = flash_attn_varlen_func(
-            *packed,
-            bounds,
-            bounds,
-            longest,
-            longest,
-            drop,
-            softmax_scale=logits.scale,
-            causal=True,
-            window_size=(-1 if window is None else window - 1, 0),
-            softcap=logits.softcap or 0.0,
-            alibi_slopes=slopes,
-        )
-        y = y.index_copy(0, found.place, some)
-    out: Tensor = y.unflatten(0, (B, T))
-    return out
+    if found.place.numel() == 0:
+        return q.new_zeros(B, T, q.shape[2], v.shape[3])
+    bounds, longest = found.bounds.to(torch.int32), int(found.bounds.diff().max())
+    some = flash_attn_varlen_func(
+        *(found.packed(t).contiguous() for t in (q, k, v)),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        drop,
+        softmax_scale=logits.scale,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+        softcap=logits.softcap or 0.0,
+        alibi_slopes=None if logits.slopes is None else logits.slopes.to(q.device, torch.float32),
+    )
+    return found.spread(some, B, T)
 
 
 def refuses(

@@ -56,9 +56,8 @@ def _by_document(x: Tensor, taps: Tensor, history: Tensor | None, segments: Segm
         held = torch.arange(longest, device=x.device) < start[:, None]
         rows = torch.where(held[..., None], history[found.row, :longest], rows)
     at = (document, start[document] + offset)
-    y = _filtered(rows.index_put(at, x.flatten(0, 1)[found.place]), taps)
-    packed: Tensor = x.new_zeros(B * T, D).index_copy(0, found.place, y[at]).unflatten(0, (B, T))
-    return packed
+    y = _filtered(rows.index_put(at, found.packed(x)), taps)
+    return found.spread(y[at], B, T)
 
 
 def _filtered(rows: Tensor, taps: Tensor) -> Tensor:

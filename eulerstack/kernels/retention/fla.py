@@ -36,20 +36,19 @@ def _packed(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor]:
     """Every document from its own state; a row's state becomes that of its last document."""
-    B, T, H, V = v.shape
+    B, T, H = v.shape[:3]
     found = segments.documents(B)
     if found.place.numel() == 0:
         return torch.zeros_like(v, dtype=state.dtype), state
     q, k = (t.repeat_interleave(H // t.shape[2], 2).to(v.dtype) for t in (q, k))
     g = log_decay.expand(B, T, H).to(torch.float32)
-    inputs = (t.flatten(0, 1)[found.place][None] for t in (q, k, v, g))
+    inputs = (found.packed(t)[None] for t in (q, k, v, g))
     opening = torch.where(found.incoming[:, None, None, None], state[found.row], 0).contiguous()
     y, after = chunk_simple_gla(
         *inputs, scale=1.0, initial_state=opening, output_final_state=True, cu_seqlens=found.bounds
     )
-    y = y.new_zeros(B * T, H, V, dtype=state.dtype).index_copy(0, found.place, y[0].to(state.dtype))
     kept = (found.last < 0)[:, None, None, None]
-    return y.unflatten(0, (B, T)), torch.where(kept, state, after[found.last].to(state.dtype))
+    return found.spread(y[0].to(state.dtype), B, T), torch.where(kept, state, after[found.last].to(state.dtype))
 
 
 def refuses(target: Target, *, head_dim: int = 2, value_dim: int = 2, **needs: Any) -> str | None:

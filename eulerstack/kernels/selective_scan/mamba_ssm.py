@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...segments import Segments
 from ..precision import without_autocast
-from ..provider import Forms, Provider, Target, on_gpu
+from ..provider import Forms, Provider, mamba_ssm
 from . import torch as reference
 
 TINY = 2.0**-60
@@ -42,7 +42,7 @@ def chunkwise(
 
     def laid(t: Tensor) -> Tensor:
         """[B, T, ...] as a row a document, [documents, N + longest + N, ...], zero elsewhere."""
-        flat = t.float().flatten(0, 1)[found.place]
+        flat = found.packed(t.float())
         return flat.new_zeros(*shape, t.shape[2]).index_put((row, column), flat)
 
     xs, dts, Bs, Cs = laid(x), laid(dt), laid(B), laid(C)
@@ -53,9 +53,8 @@ def chunkwise(
     Bs, Cs = torch.cat([unit, Bs[:, numbers:]], 1), torch.cat([Cs[:, :-numbers], unit], 1)
     inputs = (t.transpose(1, 2).contiguous() for t in (xs, dts))
     out = selective_scan_fn(*inputs, A.float(), *(t.transpose(1, 2).contiguous() for t in (Bs, Cs))).transpose(1, 2)
-    y = out.new_zeros(rows * tokens, x.shape[2]).index_copy(0, found.place, out[row, column])
     after = torch.where((found.last < 0)[:, None, None], state, out[:, -numbers:].mT[found.last])
-    return y.unflatten(0, (rows, tokens)), after
+    return found.spread(out[row, column], rows, tokens), after
 
 
 @without_autocast
@@ -72,9 +71,4 @@ def recurrent(
     return segments.mask(y[:, None]), state
 
 
-def refuses(target: Target, *, numbers: int = 1) -> str | None:
-    """The kernel was compiled for states of up to 256 numbers a channel."""
-    return f"has d_state of up to 256, not {numbers}" if numbers > 256 else on_gpu(target)
-
-
-PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), refuses)
+PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), mamba_ssm)

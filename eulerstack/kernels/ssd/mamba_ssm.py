@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...segments import Segments
 from ..precision import wide, without_autocast
-from ..provider import Forms, Provider, Target, on_gpu
+from ..provider import Forms, Provider, mamba_ssm
 from . import torch as reference
 
 CHUNK = 256
@@ -64,9 +64,4 @@ def recurrent(
     return segments.mask(y[:, None].to(state.dtype)), state
 
 
-def refuses(target: Target, *, numbers: int = 1) -> str | None:
-    """The kernels hold d_state numbers at once."""
-    return f"has d_state of up to 256, not {numbers}" if numbers > 256 else on_gpu(target)
-
-
-PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), refuses)
+PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), mamba_ssm)
