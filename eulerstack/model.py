@@ -239,7 +239,7 @@ class Stack(nn.Module):
         if tokens.shape[1] == 0:
             return self._logits(self._embedded(tokens)), state
         placed = (segments or Segments()).placed(state.length, tokens.shape[1], state.bound)
-        bound = self._room(state, placed, tokens.shape[1])
+        bound = self.room(state, placed, tokens.shape[1])
         x, layers = self._embedded(tokens), []
         for block, before in zip(self.blocks, state.layers, strict=True):
             x, after = form(block, x, before, placed)
@@ -248,8 +248,11 @@ class Stack(nn.Module):
         reach = placed.furthest(state.reach, length)
         return self._logits(x), replace(state, layers=tuple(layers), length=length, reach=reach, bound=bound)
 
-    def _room(self, state: StackState, segments: Segments, tokens: int) -> int:
-        """The bound after `tokens` more, looked up exactly where padding might make the difference."""
+    def room(self, state: StackState, segments: Segments, tokens: int) -> int:
+        """The bound after `tokens` more, placed by `segments`; ValueError where the state has no room for them.
+
+        It is looked up exactly where padding might make the difference.
+        """
         bound = state.bound + tokens
         if not state.bounded or bound <= state.max_tokens:
             return bound

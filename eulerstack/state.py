@@ -5,7 +5,7 @@ over those tensors. A state handed to `chunkwise` or `recurrent` is consumed: us
 """
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -43,9 +43,17 @@ class LayerState:
         """Whether there is room for max_tokens tokens and no more."""
         return False
 
+    def by_position(self) -> set[str]:
+        """The tensors [B, S, ...] that hold the token at position p in slot p, for every token."""
+        return set()
+
+    def croppable(self, tokens: int) -> set[str]:
+        """The tensors that have forgotten their last `tokens` tokens once the position says so."""
+        return self.by_position()
+
     def rewindable(self, tokens: int) -> bool:
         """Whether the last `tokens` tokens can be forgotten exactly."""
-        return tokens == 0
+        return tokens == 0 or self.croppable(tokens) == self.tensors().keys()
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,11 @@ class RingState(LayerState):
     def bounded(self) -> bool:
         return self.window is None
 
-    def rewindable(self, tokens: int) -> bool:
-        return self.window is None or tokens <= self.slots - self.window
+    def by_position(self) -> set[str]:
+        return set(self.tensors()) if self.window is None else set()
+
+    def croppable(self, tokens: int) -> set[str]:
+        return set(self.tensors()) if self.window is None or tokens <= self.slots - self.window else set()
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,9 @@ class HistoryState(LayerState):
     def bounded(self) -> bool:
         return True
 
+    def by_position(self) -> set[str]:
+        return {"inputs"}
+
 
 @dataclass(frozen=True)
 class BranchedState(LayerState):
@@ -157,8 +171,11 @@ class BranchedState(LayerState):
     def bounded(self) -> bool:
         return any(state.bounded for state in self.branches)
 
-    def rewindable(self, tokens: int) -> bool:
-        return all(state.rewindable(tokens) for state in self.branches)
+    def by_position(self) -> set[str]:
+        return {f"{i}.{name}" for i, state in enumerate(self.branches) for name in state.by_position()}
+
+    def croppable(self, tokens: int) -> set[str]:
+        return {f"{i}.{name}" for i, state in enumerate(self.branches) for name in state.croppable(tokens)}
 
 
 def sum_by_kind(states: Iterable[LayerState]) -> dict[str, int]:
@@ -221,6 +238,21 @@ class StackState:
         index = self._rows(rows)
         return self.map(lambda t: t.index_select(0, index))
 
+    def fork(self, copies: int) -> "StackState":
+        """`copies` independent copies of every row, those of a row side by side."""
+        if copies < 1:
+            raise ValueError(f"copies = {copies} must be 1 or more")
+        return self.select(torch.arange(self.batch, device=self.length.device).repeat_interleave(copies))
+
+    def join(self, other: "StackState") -> "StackState":
+        """An independent state of this one's rows and then the other's.
+
+        Raises ValueError where the two were not made for the same max_tokens.
+        """
+        self._check_like(other, "join")
+        rows = iter(other._views().values())
+        return replace(self.map(lambda t: torch.cat([t, next(rows)])), bound=max(self.bound, other.bound))
+
     def snapshot(self) -> "StackState":
         """An independent copy: steps taken later do not touch it."""
         return self.map(torch.clone)
@@ -242,13 +274,11 @@ class StackState:
         Raises ValueError where the two were not made for the same max_tokens.
         """
         index = self._rows(rows)
+        self._check_like(other, "put")
+        if other.batch != len(index):
+            raise ValueError(f"cannot put a state of {other.batch} rows into {len(index)}: give a row for each")
         with torch.no_grad():
-            for (name, mine), theirs in zip(self._views().items(), other._views().values(), strict=True):
-                if mine.shape[1:] != theirs.shape[1:] or theirs.shape[0] != len(index):
-                    raise ValueError(
-                        f"cannot put {name} of {tuple(theirs.shape)} into {len(index)} rows of {tuple(mine.shape)}; "
-                        f"make both with init_state(max_tokens={self.max_tokens}, rollback={self.rollback_limit})"
-                    )
+            for mine, theirs in zip(self._views().values(), other._views().values(), strict=True):
                 shared = theirs.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()  # rows of this state
                 mine.index_copy_(0, index, (theirs.clone() if shared else theirs).to(mine.dtype))
         return replace(self, bound=max(self.bound, other.bound))
@@ -264,14 +294,26 @@ class StackState:
 
         Consumes this state, as a step does; take a snapshot() to keep it.
         """
-        back = torch.as_tensor(tokens, dtype=torch.int64, device=self.length.device).expand(self.batch)
-        if bool((back < 0).any()) or bool((back > self.length).any()):
-            raise ValueError(f"cannot roll back {back.tolist()} tokens: the rows hold {self.length.tolist()}")
-        length = self.length - back
-        behind = int((self.reach - length).max()) if self.batch else 0
+        length = self.shortened(tokens)
+        behind = self.behind(length)
         for index, layer in enumerate(self.layers):
             if not layer.rewindable(behind):
                 raise ValueError(f"cannot roll back {behind} tokens: layer {index} {_why_not(layer, behind)}")
+        return self.cropped(length)
+
+    def shortened(self, tokens: int | Tensor) -> Tensor:
+        """[B]: the length without the last `tokens` (one number, or [B]); ValueError where there are not so many."""
+        back = torch.as_tensor(tokens, dtype=torch.int64, device=self.length.device).expand(self.batch)
+        if bool((back < 0).any()) or bool((back > self.length).any()):
+            raise ValueError(f"cannot roll back {back.tolist()} tokens: the rows hold {self.length.tolist()}")
+        return self.length - back
+
+    def behind(self, length: Tensor) -> int:
+        """How far a state of `length` [B] would stand behind what was ever written."""
+        return int((self.reach - length).max()) if self.batch else 0
+
+    def cropped(self, length: Tensor) -> "StackState":
+        """The state at `length` [B], if nothing but the position has to change."""
         return replace(self, length=length, bound=int(length.max()) if self.batch else 0)
 
     def to(self, device: torch.device | str) -> "StackState":
@@ -311,6 +353,17 @@ class StackState:
             raise ValueError(f"rows {index.tolist()} reach outside a state of {self.batch} rows")
         return index.long()
 
+    def _check_like(self, other: "StackState", act: str) -> None:
+        """Raises ValueError unless rows of the two are alike."""
+        mine, theirs = ({name: t.shape[1:] for name, t in s._views().items()} for s in (self, other))
+        for name in mine.keys() | theirs.keys():
+            if mine.get(name) != theirs.get(name):
+                here, there = (s[name] and list(s[name]) if name in s else "nothing" for s in (mine, theirs))
+                raise ValueError(
+                    f"cannot {act} rows of another form: {name} is {there} and not {here}; make both of one model with "
+                    f"init_state(max_tokens={self.max_tokens}, rollback={self.rollback_limit})"
+                )
+
     def _filled(self, named: dict[str, Tensor], bound: int) -> "StackState":
         with torch.no_grad():
             for name, tensor in self._views().items():
@@ -322,6 +375,61 @@ class StackState:
         return {**named, "length": self.length, "reach": self.reach}
 
 
+class Snapshots:
+    """The last `keep` snapshots of what no crop of up to `span` tokens brings back, oldest first.
+
+    A row that has begun a new document since a snapshot stands in it at that document's empty start.
+    """
+
+    def __init__(self, keep: int, span: int) -> None:
+        self.span = span
+        self.kept: deque[dict[str, Tensor]] = deque(maxlen=keep)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for snapshot in self.kept for t in snapshot.values())
+
+    def take(self, state: StackState) -> None:
+        """One more; the oldest goes where there are `keep`."""
+        cropped = {f"{i}.{name}" for i, layer in enumerate(state.layers) for name in layer.croppable(self.span)}
+        self.kept.append({n: t.clone() for n, t in state._views().items() if n not in cropped and n != "reach"})
+
+    def begin(self, rows: Tensor) -> None:
+        """These rows [n] begin a new document: no going back behind its start."""
+        for snapshot in self.kept:
+            snapshot.update({name: t.index_fill(0, rows, 0) for name, t in snapshot.items()})
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+    def floor(self, state: StackState) -> Tensor:
+        """[B]: the length that each row can go back to."""
+        return self.kept[0]["length"] if self.kept else state.length
+
+    def since(self, state: StackState) -> int:
+        """The most tokens that a row has taken since the newest."""
+        return int((state.length - self.kept[-1]["length"]).max()) if self.kept and state.batch else 0
+
+    def forget(self, length: Tensor) -> None:
+        """Drop those that stand beyond `length` [B] in some row."""
+        while self.kept and bool((self.kept[-1]["length"] > length).any()):
+            self.kept.pop()
+
+    def restored(self, state: StackState, rows: Tensor) -> StackState:
+        """The state with rows, a mask [B], as the newest snapshot has them."""
+        newest = self.kept[-1]
+
+        def back(name: str, mine: Tensor) -> Tensor:
+            chosen = rows.reshape(-1, *[1] * (mine.dim() - 1))
+            return torch.where(chosen, newest[name], mine) if name in newest else mine
+
+        values = iter([back(name, mine) for name, mine in state._views().items()])
+        state = state.map(lambda _: next(values))
+        return state.cropped(state.length)
+
+
 def _why_not(layer: LayerState, tokens: int) -> str:
     if isinstance(layer, BranchedState):
         return next(_why_not(state, tokens) for state in layer.branches if not state.rewindable(tokens))
@@ -331,7 +439,10 @@ def _why_not(layer: LayerState, tokens: int) -> str:
             "make the state with init_state(..., rollback=N)"
         )
     kinds = " and ".join(sorted(set(layer.KINDS.values())))
-    return f"keeps {kinds} state, a running sum that cannot be cropped; take a snapshot() before and restore() it"
+    return (
+        f"keeps {kinds} state, a running sum that cannot be cropped; step the model through "
+        "eulerstack.inference.tape.Tape, which goes back exactly, or take a snapshot() before and restore() it"
+    )
 
 
 def _header(path: str | Path, metadata: dict[str, str] | None, model: Stateful) -> dict[str, Any]:

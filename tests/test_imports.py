@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "memory": {"block", "groups", "model", "segments", "spec"},
     "devices": set(),
     "checkpoint": {"model", "spec", "tokens"},
-    "inference": {"kernels", "model", "segments", "state"},
+    "inference": {"kernels", "mixers", "model", "segments", "state"},
     "training": {"checkpoint", "groups", "model", "segments", "spec", "tokens"},
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "tokens", "training"},
 }

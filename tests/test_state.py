@@ -10,6 +10,7 @@ import eulerstack as es
 from eulerstack.segments import Segments
 
 from .conftest import close
+from .test_tape import KINDS, stack_of, told
 
 Build = Callable[..., es.Stack]
 
@@ -73,6 +74,79 @@ def test_rows_are_put_among_others(build_mini: Build) -> None:
         for other in (model.init_state(1, 30), model.init_state(2, 40)):
             with pytest.raises(ValueError, match="cannot put"):
                 batch.put([0], other)
+
+
+def test_forks_are_rows_of_their_own(build_mini: Build) -> None:
+    model, tokens = build_mini(), torch.randint(0, 256, (2, 12))
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens, model.init_state(2, 40))
+        fork, more = state.fork(3), torch.randint(0, 256, (6, 2))
+        assert fork.length.tolist() == [12] * 6
+        close(model.chunkwise(more, fork)[0], told(model, tokens.repeat_interleave(3, 0).tolist(), more), 1e-12)
+        close(model.chunkwise(more[:2], state)[0], told(model, tokens.tolist(), more[:2]), 1e-12)
+    with pytest.raises(ValueError, match="copies = 0"):
+        fork.fork(0)
+
+
+def test_states_join_and_rows_leave(build_mini: Build) -> None:
+    model, tokens, more = build_mini(), torch.randint(0, 256, (3, 20)), torch.randint(0, 256, (3, 2))
+    with torch.no_grad():
+        _, two = model.chunkwise(tokens[:2, :9], model.init_state(2, 40))
+        _, one = model.chunkwise(tokens[2:], model.init_state(1, 40))
+        rows = [tokens[2].tolist(), tokens[0, :9].tolist(), tokens[1, :9].tolist()]
+        joined = one.join(two)
+        assert (joined.batch, joined.length.tolist(), joined.bound) == (3, [20, 9, 9], 20)
+        close(model.chunkwise(more, joined.snapshot())[0], told(model, rows, more), 1e-12)
+        close(model.chunkwise(more[:2], joined.select([0, 2]))[0], told(model, [rows[0], rows[2]], more[:2]), 1e-12)
+        close(model.chunkwise(more[:2], two)[0], told(model, rows[1:], more[:2]), 1e-12)  # the join is a copy
+        for other in (model.init_state(1, 30), positional().init_state(1, 40)):
+            with pytest.raises(ValueError, match=r"cannot join rows of another form.*max_tokens=40"):
+                one.join(other)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_beam_reorder_permutes_rows_and_not_heads(name: str) -> None:
+    """As many rows as heads, so that a select over the wrong axis fits and shows."""
+    model, tokens, more = stack_of(name), torch.randint(0, 256, (4, 15)), torch.randint(0, 256, (4, 3))
+    order = [2, 0, 3, 3]
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens, model.init_state(4, 40))
+        close(model.chunkwise(more, state.select(order))[0], told(model, tokens[order].tolist(), more), 1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_multi_token_continuation_sees_the_state(name: str) -> None:
+    model, tokens, more = stack_of(name), torch.randint(0, 256, (2, 15)), torch.randint(0, 256, (2, 9))
+    wanted = told(model, tokens.tolist(), more)
+    with torch.no_grad():
+        _, state = model.chunkwise(tokens, model.init_state(2, 40))
+        empty = model.init_state(2, 40)
+        assert (model.chunkwise(more, empty)[0] - wanted).abs().max() > 0.1 * wanted.abs().max()  # ignoring it shows
+        close(model.chunkwise(more, state)[0], wanted, 1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_the_conv_state_has_its_width_after_prompts_of_any_length(count: int) -> None:
+    model = es.build(es.load("every_mixer_mini"), dtype=torch.float64)
+    tokens, more = torch.randint(0, 256, (2, count)), torch.randint(0, 256, (2, 5))
+    with torch.no_grad():
+        empty = model.init_state(2, 40)
+        widths = [{name: t.shape for name, t in layer.tensors().items()} for layer in empty.layers]
+        _, state = model.chunkwise(tokens, empty)
+        assert [{name: t.shape for name, t in layer.tensors().items()} for layer in state.layers] == widths
+        close(model.chunkwise(more, state)[0], told(model, tokens.tolist(), more), 1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_right_padded_prefill_leaves_the_state_of_the_prompt(name: str) -> None:
+    """Padding behind a prompt that is as long as a chunk or more enters nothing."""
+    model, tokens, more = stack_of(name), torch.randint(0, 256, (3, 30)), torch.randint(0, 256, (3, 4))
+    lengths = torch.tensor([30, 3, 13])
+    with torch.no_grad():
+        segments = Segments(real=torch.arange(30) < lengths[:, None])
+        _, state = model.chunkwise(tokens, model.init_state(3, 40), segments)
+        rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        close(model.chunkwise(more, state)[0], told(model, rows, more), 1e-12)
 
 
 def positional(window: int | None = None) -> es.Stack:
