@@ -23,6 +23,9 @@ class Tokenizer(Protocol):
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
         """Pieces of text as the ids come, never half a character."""
 
+    def name(self, token: int) -> str:
+        """What one id is called: its text, or a word of its own where it is only part of a character."""
+
     def fingerprint(self) -> str:
         """Changes whenever the same text could give other ids."""
 
@@ -48,6 +51,9 @@ class Bytes:
         for token in ids:
             yield decoder.decode(bytes([token if token < 256 else 0xFF]))
         yield decoder.decode(b"", final=True)
+
+    def name(self, token: int) -> str:
+        return chr(token) if token < 128 else f"bytes:\\x{token:02x}" if token < 256 else f"token:{token}"
 
     def fingerprint(self) -> str:
         return "bytes"
@@ -90,6 +96,10 @@ class HuggingFace:
         decoder = DecodeStream(skip_special_tokens=True)
         for token in ids:
             yield decoder.step(self.backend, token) or ""
+
+    def name(self, token: int) -> str:
+        text: str = self.backend.decode([token], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else self.backend.id_to_token(token) or f"token:{token}"
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.file.read_bytes())
@@ -146,16 +156,27 @@ def _tokenizer_file(pretrained: str, folder: Path | None) -> Path:
     )
 
 
+class Cut:
+    """Text up to the first of the `stops`, piece by piece; an end that might become one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.held, self.met = stops, "", False
+
+    def __call__(self, piece: str) -> str:
+        """What can be shown now; `met` says whether a stop came."""
+        text = self.held + piece
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        ends = (n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n]))
+        end = min(found) if found else len(text) - max(ends, default=0)
+        self.met, self.held = bool(found), "" if found else text[end:]
+        return text[:end]
+
+
 def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pieces of a text up to the first of the `stops`; an end that might become one is held back."""
-    text, shown = "", 0
+    """Pieces of a text up to the first of the `stops`."""
+    cut = Cut(stops)
     for piece in pieces:
-        text += piece
-        found = [at for stop in stops if (at := text.find(stop, max(0, shown - len(stop)))) >= 0]
-        if found:
-            yield text[shown : min(found)]
+        yield cut(piece)
+        if cut.met:
             return
-        safe = len(text) - max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
-        yield text[shown:safe]
-        shown = safe
-    yield text[shown:]
+    yield cut.held

@@ -23,11 +23,17 @@ MAY_IMPORT = {
     "memory": {"block", "groups", "model", "segments", "spec"},
     "devices": set(),
     "checkpoint": {"model", "spec", "tokens"},
-    "inference": {"kernels", "mixers", "model", "segments", "state"},
+    "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
     "training": {"checkpoint", "groups", "model", "segments", "spec", "tokens"},
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "tokens", "training"},
 }
-FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}, "pydantic": {"spec"}}
+FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}}
+FOREIGN |= {
+    "pydantic": {"spec", "inference"},
+    "fastapi": {"inference"},
+    "starlette": {"inference"},
+    "uvicorn": {"inference"},
+}
 FOREIGN |= {name: {"kernels"} for name in ("numba", "triton", "fla", "mamba_ssm", "causal_conv1d", "flash_attn")}
 TORCH_FREE = {"spec"}
 

@@ -261,6 +261,32 @@ def generate(prompts: tuple[str, ...], **options: object) -> None:
     write(list(prompts), **options)  # type: ignore[arg-type]
 
 
+@cli.command()
+@click.option("--checkpoint", required=True, metavar="DIR", help="The checkpoint/ folder that `fit` wrote.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in: give a key.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--api-key", envvar="EULERSTACK_API_KEY", help="What /v1 asks for, as `Authorization: Bearer KEY`.")
+@click.option("--slots", default=8, show_default=True, type=click.IntRange(1, 4096), help="Answers written at once.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Of a prompt and its answer; max_seq_len by default.")
+@click.option("--budget", metavar="BYTES", help="What the slots' states may take, as 2GiB; else fewer slots.")
+@click.option("--queue", default=64, show_default=True, type=click.IntRange(0), help="Answers that may wait; else 429.")
+@click.option("--body", default="1MiB", show_default=True, metavar="BYTES", help="The longest request.")
+@click.option(
+    "--drain", default=30.0, show_default=True, type=click.FloatRange(0), help="Seconds to end in on SIGTERM."
+)
+@click.option("--device", default="cpu", show_default=True)
+def serve(**options: Any) -> None:
+    """Serve a trained stack over HTTP, with the routes of OpenAI's API (docs/serving.md).
+
+    \b
+      eulerstack serve --checkpoint runs/mine/checkpoint
+      curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def "}'
+    """
+    from .serve import serve as run
+
+    run(**options)
+
+
 def main() -> None:
     """The console script: no verb ends in a traceback over something the user typed."""
     try:

@@ -23,7 +23,7 @@ def write(
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     if not all(stops):
         raise ValueError("--stop is empty: give the text to stop at")
-    model = load_checkpoint(checkpoint, _device(device))
+    model = load_checkpoint(checkpoint, usable(device))
     tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     steps = generate(model, rows, max_new_tokens, stop=tokenizer.stops, **rules)
@@ -59,7 +59,8 @@ def _table(steps: Iterator[list[int | None]], tokenizer: Tokenizer) -> None:
                 print(f"{row + 1}  {token.logprob:8.3f}  {tokenizer.decode([token])!r:12} {best}", flush=True)
 
 
-def _device(name: str) -> torch.device:
+def usable(name: str) -> torch.device:
+    """The device of that name. Raises ValueError where it is not there."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()

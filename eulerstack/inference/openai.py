@@ -1,0 +1,320 @@
+"""What OpenAI's API says: the fields of its requests, and the shapes of its answers and errors."""
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import from_json
+
+from ..tokens import Tokenizer
+from .engine import Request
+from .sampling import Token
+from .text import CONTEXT, Text
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error: a sentence, the field it is about, and a code for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}}
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """One prompt becomes a list of one."""
+    rows = value if isinstance(value, list) and not all(type(item) is int for item in value) else [value]
+    texts = all(isinstance(row, str) for row in rows)
+    if not texts and not all(isinstance(row, list) and all(type(item) is int for item in row) for row in rows):
+        raise ValueError("must be a text, token ids, a list of texts or a list of lists of token ids")
+    return rows
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("must be a text or a list of up to 16 texts, none of them empty")
+    return stops
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Fields):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Asked(Fields):
+    """What both routes take; null is as good as left out."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stop: Annotated[list[str], PlainValidator(_stops)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = None
+
+    def sampling(self, number: int) -> dict[str, Any]:
+        """Sampling's rules for the answer of this number: each is drawn with a seed of its own."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        seed = None if self.seed is None else self.seed + number
+        return {**{name: getattr(self, name) for name in names}, "seed": seed}
+
+
+class Completion(Asked):
+    """/v1/completions"""
+
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class Part(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Fields):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    def line(self) -> str:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return f"{self.role}: {text.strip()}\n"
+
+
+class Chat(Asked):
+    """/v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def prompt(self) -> str:
+        """A line a message, `role: content`, and then the assistant's turn, which ends where a user's begins."""
+        return "".join(message.line() for message in self.messages) + "assistant:"
+
+
+TURN = "\nuser:"
+"""Where an answer of the chat ends: the model has begun to write the user's part."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
+"""Fields of the API that mean nothing here, and the values at which they ask for nothing; null is one."""
+
+T = TypeVar("T", bound=Asked)
+
+
+def read(body: bytes, kind: type[T]) -> T:
+    """A request's body as its fields. Raises RefusedError, which names the first field that is wrong."""
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RefusedError(400, f"the body is no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise RefusedError(400, 'the body must be a JSON object, as in {"prompt": "def "}')
+    known = kind.model_fields
+    for key in [key for key in data if key in NEUTRAL and key not in known]:
+        if (value := data.pop(key)) is not None and not any(
+            value == n and type(value) in _kinds(n) for n in NEUTRAL[key]
+        ):
+            raise RefusedError(
+                400, f"{key} = {value!r:.80} is not supported; leave it out", key, "unsupported_parameter"
+            )
+    try:
+        return kind.model_validate({key: value for key, value in data.items() if value is not None or key not in known})
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _kinds(value: Any) -> tuple[type, ...]:
+    """Types that a neutral value may have: 0.0 is 0, but false is not."""
+    return (int, float) if type(value) is int else (type(value),)
+
+
+def _refusal(error: ValidationError) -> RefusedError:
+    first = error.errors(include_url=False)[0]
+    param = ".".join(map(str, first["loc"][:3])) or None
+    if first["type"] == "extra_forbidden":
+        return RefusedError(
+            400, f"{param!a:.80} is no field that is known here; leave it out", param, "unknown_parameter"
+        )
+    if first["type"] == "missing":
+        return RefusedError(400, f"{param} is missing; give it", param, "missing_required_parameter")
+    reason = first["msg"].removeprefix("Value error, ")
+    return RefusedError(400, f"{param} = {first['input']!r:.80}: {reason[:1].lower()}{reason[1:]}", param)
+
+
+@dataclass
+class Score:
+    """A token's name, where it stands in the text, how likely it was, and names of likely ones; None: not known."""
+
+    name: str
+    offset: int
+    logprob: float | None = None
+    top: dict[str, float] | None = None
+
+
+@dataclass
+class Delta:
+    """What one step adds to an answer."""
+
+    index: int
+    text: str
+    scores: list[Score] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Answer:
+    """One answer on its way: tokens go in, Deltas come out."""
+
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer, stops: Sequence[str], asked: Asked) -> None:
+        self.index, self.request, self.tokenizer = index, request, tokenizer
+        self.text = Text(tokenizer, stops)
+        self.scored = isinstance(asked, Completion) and asked.logprobs is not None
+        self.echo = isinstance(asked, Completion) and asked.echo
+        self.empty = isinstance(asked, Completion) and asked.max_tokens == 0
+        self.begun: tuple[str, list[int]] = ("", [])
+        self.held: list[Score] = []
+        self.shown = self.count = 0
+        self.finished = False
+
+    def begin(self) -> None:
+        """Read the prompt as text, before the first token comes."""
+        if self.echo:
+            self.begun = self.text.read(self.request.prompt)
+        else:
+            self.text.read(self.request.prompt[-CONTEXT:], count=False)
+
+    def take(self, token: int, finish: str | None) -> Delta:
+        """What the next token adds; finish: why it is the last, if it is."""
+        text, self.begun = self._echoed(), ("", [])
+        if not self.empty:
+            self.count += 1
+            text += self.text.add(token)
+            self._score(token, self.text.offset)
+        if self.text.cut.met:
+            finish = "stop"
+        elif finish is not None:
+            text += self.text.end()
+        self.finished = finish is not None
+        self.shown += len(text)
+        return Delta(self.index, text, self._ready(finish), finish)
+
+    def _echoed(self) -> str:
+        text, offsets = self.begun
+        scores: list[int] = [*self.request.prompt[:1], *self.request.scores] if self.scored else []
+        for token, offset in zip(scores, offsets, strict=False):
+            self._score(token, offset)
+        return text
+
+    def _score(self, token: int, offset: int) -> None:
+        if not self.scored:
+            return
+        score = Score(self.tokenizer.name(token), offset)
+        if isinstance(token, Token):
+            score.logprob, score.top = token.logprob, {}
+            for other, logprob in (*token.top.items(), (token, token.logprob)):
+                score.top.setdefault(self.tokenizer.name(other), logprob)
+        self.held.append(score)
+
+    def _ready(self, finish: str | None) -> list[Score]:
+        """Scores of tokens whose text was shown; those behind a stop never are."""
+        end = len(self.held)
+        if finish != "length":
+            end = sum(score.offset < self.shown for score in self.held)
+        ready, self.held = self.held[:end], self.held[end:]
+        return ready
+
+
+def joined(deltas: Iterable[Delta]) -> Delta:
+    """An answer's Deltas as one."""
+    parts = list(deltas)
+    scores = [score for part in parts for score in part.scores]
+    return Delta(parts[0].index, "".join(part.text for part in parts), scores, parts[-1].finish)
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """Counts of tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class Shape:
+    """How a route's answers look, whole or as a stream's events; all of one request share an id."""
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        self.chat, self.scored = isinstance(asked, Chat), isinstance(asked, Completion) and asked.logprobs is not None
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created, self.model = int(time.time()), model
+
+    def whole(self, answers: list[Delta], used: dict[str, int]) -> dict[str, Any]:
+        said = [
+            {"message": {"role": "assistant", "content": a.text}} if self.chat else {"text": a.text} for a in answers
+        ]
+        name = "chat.completion" if self.chat else "text_completion"
+        return self._object(name, [self._choice(a, one) for a, one in zip(answers, said, strict=True)], usage=used)
+
+    def event(self, delta: Delta) -> dict[str, Any]:
+        said = {"delta": {"content": delta.text} if delta.text else {}} if self.chat else {"text": delta.text}
+        return self._chunk([self._choice(delta, said)])
+
+    def role(self, index: int) -> dict[str, Any]:
+        """The event that begins an answer of the chat."""
+        return self._chunk([self._choice(Delta(index, ""), {"delta": {"role": "assistant", "content": ""}})])
+
+    def last(self, used: dict[str, int]) -> dict[str, Any]:
+        """The event that tells the usage, where it was asked for."""
+        return self._chunk([], usage=used)
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return self._object("chat.completion.chunk" if self.chat else "text_completion", choices, **more)
+
+    def _object(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more}
+
+    def _choice(self, delta: Delta, said: dict[str, Any]) -> dict[str, Any]:
+        logprobs = _logprobs(delta.scores) if self.scored else None
+        return {"index": delta.index, **said, "logprobs": logprobs, "finish_reason": delta.finish}
+
+
+def _logprobs(scores: list[Score]) -> dict[str, list[Any]]:
+    return {
+        "tokens": [score.name for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": [score.top for score in scores],
+        "text_offset": [score.offset for score in scores],
+    }
