@@ -1,10 +1,15 @@
 """A server of a tiny stack, in a thread of this process."""
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ import eulerstack as es
 from eulerstack.inference.engine import Engine
 from eulerstack.tokens import Bytes
 
+MINI = "arch_expert_research_mini"
 Build = Callable[..., es.Stack]
 
 
@@ -70,3 +76,37 @@ def solo(model: es.Stack, prompt: str | list[int], count: int, **rules: Any) -> 
 
 def words(tokens: list[int]) -> str:
     return Bytes().decode(tokens)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped mini with drawn weights."""
+    folder = tmp_path_factory.mktemp("serve") / "checkpoint"
+    es.save_checkpoint(es.build(es.load(MINI)), folder)
+    return folder
+
+
+@contextmanager
+def process(checkpoint: Path, *options: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """A server on a free port, and its address."""
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "eulerstack",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        "0",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=env) as one:
+        try:
+            assert one.stdout is not None
+            found = re.search(r"http://\S+", one.stdout.readline())
+            assert found is not None
+            yield found[0].removesuffix(","), one
+        finally:
+            one.kill()
