@@ -249,6 +249,8 @@ def test(arguments: tuple[str, ...]) -> None:
 @click.option("--stop", "stops", multiple=True, help="Stop before this text; give many for the first of them.")
 @click.option("--logprobs", type=click.IntRange(0), help="Print a line a token, with the N likeliest.")
 @click.option("--seed", type=int, help="The same seed, the same text.")
+@click.option("--draft", metavar="DIR", help="The checkpoint/ of a small stack that guesses ahead, for speed.")
+@click.option("--ahead", type=click.IntRange(1), help="How many tokens the draft guesses at a time.  [default: 4]")
 @click.option("--device", default="cpu", show_default=True)
 def generate(prompts: tuple[str, ...], **options: object) -> None:
     """Write text from a trained stack, token by token through its state.

@@ -11,19 +11,32 @@ import torch
 from ..checkpoint import load_checkpoint
 from ..inference.generate import generate
 from ..inference.sampling import Token
+from ..inference.speculation import AHEAD
 from ..spec import load
 from ..tokens import Tokenizer, tokenizer_of, until
 
 
 def write(
-    prompts: list[str], checkpoint: str, max_new_tokens: int, device: str, stops: tuple[str, ...], **rules: Any
+    prompts: list[str],
+    checkpoint: str,
+    max_new_tokens: int,
+    device: str,
+    stops: tuple[str, ...],
+    draft: str | None,
+    ahead: int | None,
+    **rules: Any,
 ) -> None:
     """One prompt streams; many are printed row by row when all are done. `rules` are Sampling's."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     if not all(stops):
         raise ValueError("--stop is empty: give the text to stop at")
-    model = load_checkpoint(checkpoint, usable(device))
+    if draft is None and ahead is not None:
+        raise ValueError(f"--ahead {ahead} is how far a draft guesses: give --draft DIR too")
+    place = usable(device)
+    model = load_checkpoint(checkpoint, place)
+    if draft is not None:
+        rules |= {"draft": load_checkpoint(draft, place), "ahead": ahead or AHEAD}
     tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     steps = generate(model, rows, max_new_tokens, stop=tokenizer.stops, **rules)

@@ -12,6 +12,8 @@ from ..model import Stack
 from ..segments import Segments, pack_mask
 from ..state import StackState
 from .sampling import Sampler, Sampling
+from .speculation import AHEAD, Speculation, check_draft
+from .tape import Tape
 
 PREFILL = 512
 """Tokens of a prompt that are read at once: bounds the memory of a long prompt."""
@@ -30,18 +32,26 @@ def generate(
     seed: int | None = None,
     logprobs: int | None = None,
     stop: Collection[int] = (),
+    draft: Stack | None = None,
+    ahead: int = AHEAD,
 ) -> Iterator[list[int | None]]:
     """Yield one id a row and step, for prompts of any lengths; a row that met a `stop` id yields None from then on.
 
     The rules are Sampling's; row i is drawn with seed + i. With `logprobs` ids are Tokens, which know how likely they
-    were. Raises ValueError, before the first token, for what cannot be sampled or does not fit.
+    were. A `draft`, a smaller stack of the same vocabulary, guesses `ahead` tokens that the model then reads at once:
+    what comes is drawn from the same distribution, and greedy the same. Raises ValueError, before the first token, for
+    what cannot be sampled or does not fit.
     """
     rows = _rows(prompts)
     rules = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, logprobs)
     check_prompts(model, rows, max_new_tokens)
+    if draft is not None:
+        check_draft(model, draft, ahead, max(map(len, rows)) + max_new_tokens)
     sampler = Sampler(len(rows), model.spec.model.vocab_size, model.embedding.weight.device)
     for i, row in enumerate(rows):
         sampler.put(i, rules if seed is None else replace(rules, seed=seed + i), row)
+    if draft is not None:
+        return _speculated(model, draft, rows, max_new_tokens, sampler, frozenset(stop), ahead)
     return _steps(model, rows, max_new_tokens, sampler, frozenset(stop))
 
 
@@ -63,7 +73,37 @@ def _steps(
             chosen = sample(out[:, -1], range(len(rows)))
 
 
-def prefill(model: Stack, rows: list[list[int]], room: int = 0) -> tuple[Tensor, StackState]:
+def _speculated(
+    model: Stack, draft: Stack, rows: list[list[int]], count: int, sample: Sampler, stop: frozenset[int], ahead: int
+) -> Iterator[list[int | None]]:
+    """Rows run ahead of each other by what is accepted of their guesses, and wait to be told in step."""
+    span = ahead + 1
+    with torch.inference_mode():
+        logits, state = prefill(model, rows, count, rollback=span)
+        _, behind = prefill(draft, rows, count, rollback=2 * span)
+        speculation = Speculation(Tape(model, state, span, keep=1), Tape(draft, behind, span, keep=2), sample)
+        written = [[token] for token in sample(logits, range(len(rows)))]
+    told = 0
+    while True:
+        left = [0 if row[-1] in stop else count - len(row) for row in written]
+        if any(more and len(row) == told for more, row in zip(left, written, strict=True)):
+            with torch.inference_mode():
+                gained = speculation([row[-1] for row in written], [min(ahead, more - 1) for more in left])
+            for row, ids in zip(written, gained, strict=True):
+                row.extend(_until(ids, stop))
+        elif all(len(row) <= told for row in written):
+            return
+        else:
+            yield [row[told] if told < len(row) else None for row in written]
+            told += 1
+
+
+def _until(ids: list[int], stop: frozenset[int]) -> list[int]:
+    """The ids up to the first that stops, itself included."""
+    return ids[: next((i for i, token in enumerate(ids, start=1) if token in stop), len(ids))]
+
+
+def prefill(model: Stack, rows: list[list[int]], room: int = 0, *, rollback: int = 0) -> tuple[Tensor, StackState]:
     """Read prompts of any lengths. Returns each row's last logits [B, V] and a state with room for `room` more."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -73,7 +113,7 @@ def prefill(model: Stack, rows: list[list[int]], room: int = 0) -> tuple[Tensor,
         tokens[i, : len(row)] = torch.tensor(row)
     tokens = tokens.to(device)
     ragged = int(lengths.min()) < longest
-    state = model.init_state(len(rows), longest + room)
+    state = model.init_state(len(rows), longest + room, rollback=rollback)
     last = torch.zeros(len(rows), model.spec.model.vocab_size, device=device, dtype=model.embedding.weight.dtype)
     for start in range(0, longest, PREFILL):
         part = tokens[:, start : start + PREFILL]

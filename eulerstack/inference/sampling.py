@@ -78,13 +78,39 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
         """An id for each of some rows, logits [len(rows), V]; Tokens where the row's rules ask for logprobs."""
         logits = logits.to(wide(logits.dtype))
-        chosen = self._chosen(self._penalised(logits, rows), rows)
-        if self.seen is not None:
-            self.seen[rows, chosen] = True
-        return self._told(logits, chosen, rows)
+        if all(self.rules[row].temperature == 0 for row in rows):
+            chosen = self._penalised(logits, rows, self.seen_by(rows)).argmax(-1)
+        else:
+            chosen = self.draw(self.shares(logits, rows, self.seen_by(rows)), rows)
+        self.note(rows, chosen)
+        ids = zip(chosen[:, None].tolist(), logits[:, None], rows, strict=True)
+        return [self.told(token, scores, row)[0] for token, scores, row in ids]
 
-    def _chosen(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        best, rules = logits.argmax(-1), [self.rules[row] for row in rows]
+    def seen_by(self, rows: Sequence[int]) -> Tensor | None:
+        """[len(rows), V] bool: the tokens that were there; None if no row has cared yet."""
+        return None if self.seen is None else self.seen[rows]
+
+    def note(self, rows: Sequence[int], tokens: Tensor) -> None:
+        """Remember a token [len(rows)] of each row."""
+        if self.seen is not None:
+            self.seen[rows, tokens] = True
+
+    def draw(self, shares: Tensor, rows: Sequence[int]) -> Tensor:
+        """A token [len(rows)] of each row by shares [len(rows), V], which need not sum to one."""
+        reached = shares.double().cumsum(-1)
+        chance = torch.tensor([self.chances(row, 1)[0] for row in rows], dtype=torch.float64, device=self.device)
+        return (reached <= chance[:, None] * reached[:, -1:]).sum(-1)
+
+    def chances(self, row: int, count: int) -> list[float]:
+        """Numbers in [0, 1) from the row's own source."""
+        drawn: list[float] = torch.rand(count, dtype=torch.float64, generator=self.chance[row]).tolist()
+        return drawn
+
+    def shares(self, logits: Tensor, rows: Sequence[int], seen: Tensor | None) -> Tensor:
+        """How likely the rows' rules make each token [n, V], given logits and the tokens seen, both [n, V]."""
+        logits = self._penalised(logits.to(wide(logits.dtype)), rows, seen)
+        rules = [self.rules[row] for row in rows]
+        best = torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
         if all(rule.temperature == 0 for rule in rules):
             return best
         temperature = self._column([r.temperature or 1.0 for r in rules])
@@ -95,29 +121,26 @@ class Sampler:
         kept = share.cumsum(-1) - share < self._column([2.0 if r.top_p in (None, 1) else r.top_p for r in rules])
         kept &= share >= self._column([r.min_p or 0.0 for r in rules]) * share[:, :1]
         kept[:, 0] = True
-        reached = (share * kept).cumsum(-1)
-        chance = [torch.rand((), dtype=torch.float64, generator=self.chance[row]).item() for row in rows]
-        place = (reached <= self._column(chance) * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=self.vocab - 1)
-        greedy = torch.tensor([rule.temperature == 0 for rule in rules], device=self.device)
-        return torch.where(greedy, best, index.gather(1, place)[:, 0])
+        share = share * kept
+        greedy = torch.tensor([rule.temperature == 0 for rule in rules], device=self.device)[:, None]
+        return torch.where(greedy, best, torch.zeros_like(share).scatter(1, index, share / share.sum(-1, keepdim=True)))
 
     def _column(self, values: Sequence[float | None]) -> Tensor:
         """[B, 1]"""
         return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
 
-    def _penalised(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        if self.seen is None:
+    def _penalised(self, logits: Tensor, rows: Sequence[int], seen: Tensor | None) -> Tensor:
+        if seen is None:
             return logits
         penalty = self._column([self.rules[row].repetition_penalty for row in rows])
-        return torch.where(self.seen[rows], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-    def _told(self, logits: Tensor, chosen: Tensor, rows: Sequence[int]) -> list[int]:
-        """The ids, with their log probabilities under the model (whatever the rules cut) where asked for."""
-        ids: list[int] = chosen.tolist()
-        for i, row in enumerate(rows):
-            if (count := self.rules[row].logprobs) is not None:
-                ids[i] = told(ids[i], logits[i].log_softmax(-1), count)
-        return ids
+    def told(self, ids: list[int], logits: Tensor, row: int) -> list[int]:
+        """A row's ids; where it asks, with their log probabilities by logits [n, V], whatever the rules cut."""
+        count = self.rules[row].logprobs
+        if count is None:
+            return ids
+        return [told(token, scores, count) for token, scores in zip(ids, logits.log_softmax(-1), strict=True)]
 
 
 def told(token: int, scores: Tensor, count: int) -> Token:
