@@ -11,7 +11,7 @@ from eulerstack.tokens import Bytes
 from eulerstack.training import corpus as module
 from eulerstack.training.data import Batches
 
-from ..test_generate import word_tokenizer
+from ..inference.test_generate import word_tokenizer
 
 
 def data(corpus: Path, **options: object) -> es.TextData:

@@ -9,7 +9,7 @@ import torch
 import eulerstack as es
 from eulerstack.inference.engine import Engine, Request
 
-from .conftest import close
+from ..conftest import close
 
 Build = Callable[..., es.Stack]
 

@@ -11,7 +11,7 @@ from eulerstack.inference.sampling import Sampler, Sampling, Token
 from eulerstack.spec import HFTokenizer
 from eulerstack.tokens import Bytes, until
 
-from .conftest import close
+from ..conftest import close
 
 Build = Callable[..., es.Stack]
 

@@ -1,0 +1,179 @@
+"""Ways of generating, and the one reference that all are held to: the whole text computed anew."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import eulerstack as es
+from eulerstack.inference import generate as module
+from eulerstack.inference.engine import Engine, Request
+from eulerstack.inference.sampling import Token
+
+LOGITS, SURE = 1e-4, 1e-3
+"""How far logits may be off, of the largest; how far the two best must lie apart for a greedy token to be certain."""
+
+
+@dataclass
+class Written:
+    """What a way made of a prompt: `tokens`, and the logits (or log probabilities) [n, V] that each was chosen by."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: Tensor
+
+
+Way = Callable[[es.Stack, list[list[int]], int], Iterator[Written]]
+
+
+def recomputed(model: es.Stack, prompt: list[int], tokens: list[int]) -> Tensor:
+    """The logits [n, V] that the model chooses `tokens` by, no state involved."""
+    with torch.inference_mode():
+        return model.parallel(torch.tensor([prompt + tokens[:-1]]))[0, len(prompt) - 1 :]
+
+
+def check(model: es.Stack, got: Written, greedy: bool = True) -> None:
+    """Raises AssertionError unless the logits are the reference's and the tokens the best wherever that is certain.
+
+    The reference is given the way's own tokens, so that one choice between equals does not end the comparison.
+    """
+    if not got.tokens:
+        return
+    wanted = recomputed(model, got.prompt, got.tokens)
+    assert got.logits.shape == wanted.shape
+    error = (got.logits.log_softmax(-1) - wanted.log_softmax(-1)).abs().amax(-1) / wanted.abs().max()
+    assert bool((error <= LOGITS).all()), f"{error.tolist()} of the largest logit"
+    if greedy:
+        best = wanted.topk(2)
+        sure = best.values[:, 0] - best.values[:, 1] > SURE
+        assert torch.equal(torch.tensor(got.tokens)[sure], best.indices[:, 0][sure])
+
+
+def distribution(tokens: list[Token], vocab: int) -> Tensor:
+    """The log probabilities [n, V] that tokens tell when all are asked for."""
+    return torch.tensor([[token.top[i] for i in range(vocab)] for token in tokens]).reshape(-1, vocab)
+
+
+def generated(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """`es.generate`."""
+    vocab = model.spec.model.vocab_size
+    steps = list(es.generate(model, prompts, count, temperature=0, logprobs=vocab))
+    for prompt, tokens in zip(prompts, zip(*steps, strict=True), strict=True):
+        yield Written(prompt, [int(token) for token in tokens], distribution(list(tokens), vocab))
+
+
+def goes_on(
+    model: es.Stack, prompts: list[list[int]], count: int, logits: Tensor, state: es.StackState
+) -> Iterator[Written]:
+    """Greedy steps from a state whose rows have read the prompts; logits [B, V] are what they end in."""
+    tokens, seen = [logits.argmax(-1)], [logits]
+    for _ in range(count - 1):
+        out, state = model.recurrent(tokens[-1][:, None], state)
+        seen.append(out[:, -1])
+        tokens.append(out[:, -1].argmax(-1))
+    for row, prompt in enumerate(prompts):
+        yield Written(prompt, [int(step[row]) for step in tokens], torch.stack([step[row] for step in seen]))
+
+
+def alone(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    for prompt in prompts:
+        yield from generated(model, [prompt], count)
+
+
+def chunked(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """Prompts longer than the chunk that is read at once, in a ragged batch and alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PREFILL", 7)
+        yield from generated(model, prompts, count)
+        yield from generated(model, prompts[:1], count)
+
+
+def left_padded(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """In two calls, both padded on the left."""
+    state = model.init_state(len(prompts), max(map(len, prompts)) + count)
+    for part in ([p[: len(p) // 2] for p in prompts], [p[len(p) // 2 :] for p in prompts]):
+        longest = max(map(len, part))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in part], dtype=torch.int64)
+        real = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in part], dtype=torch.bool)
+        logits, state = model.chunkwise(ids, state, es.Segments(real=real))
+    yield from goes_on(model, prompts, count, logits[:, -1], state)
+
+
+def in_pieces(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """Read in calls of one token and of several, in turn."""
+    dice = random.Random(0)
+    for prompt in prompts:
+        state, at = model.init_state(1, len(prompt) + count), 0
+        while at < len(prompt):
+            part = torch.tensor([prompt[at : at + dice.choice([1, 1, 2, 3, 11])]])
+            form = model.recurrent if part.shape[1] == 1 else model.chunkwise
+            logits, state = form(part, state)
+            at += part.shape[1]
+        yield from goes_on(model, [prompt], count, logits[:, -1], state)
+
+
+def forked(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """Rows copied many times, each going its own way; the rows they came from go on after them."""
+    logits, state = module.prefill(model, prompts, count + 1)
+    rows = [row for row in reversed(range(len(prompts))) for _ in range(2)]
+    first = [(7 * i) % model.spec.model.vocab_size for i in range(len(rows))]
+    out, fork = model.recurrent(torch.tensor(first)[:, None], state.select(rows))
+    ways = [[*prompts[row], token] for row, token in zip(rows, first, strict=True)]
+    yield from goes_on(model, ways, count, out[:, -1], fork)
+    yield from goes_on(model, prompts, count, logits, state)
+
+
+def rolled_back(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """Five tokens are forgotten again: exactly where a stack is indexed by position, else by a snapshot."""
+    for prompt in prompts:
+        state = model.init_state(1, len(prompt) + count + 5, rollback=5)
+        logits, state = model.chunkwise(torch.tensor([prompt]), state)
+        kept = state.snapshot()
+        for token in range(5):
+            _, state = model.recurrent(torch.tensor([[token]]), state)
+        exact = all(layer.rewindable(5) for layer in state.layers)
+        state = state.rollback(5) if exact else state.restore(kept)
+        yield from goes_on(model, [prompt], count, logits[:, -1], state)
+
+
+def served(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """Through an engine of fewer slots than requests, some of them cancelled, the prompts longer than a chunk."""
+    engine = Engine(model, slots=2, max_tokens=max(map(len, prompts)) + count, prefill=9)
+    requests = [asked(engine, prompt, count) for prompt in [*prompts, *prompts]]
+    for step in range(1000):
+        if engine.idle:
+            break
+        engine.step()
+        if step % 7 == 3 and (unlucky := step // 7 % len(requests)):  # never the first
+            engine.cancel(requests[unlucky])
+        if step in (5, 20):
+            requests += [asked(engine, prompt, count) for prompt in prompts]
+    assert engine.idle and requests[0].finished == "length"
+    yield from map(answer, requests)
+
+
+def asked(engine: Engine, prompt: list[int], count: int, **rules: object) -> Request:
+    """A request that tells all log probabilities."""
+    vocab = engine.model.spec.model.vocab_size
+    return engine.submit(prompt, count, **{"temperature": 0, **rules}, logprobs=vocab)
+
+
+def answer(request: Request) -> Written:
+    vocab = request.rules.logprobs
+    assert vocab is not None
+    return Written(request.prompt, list(map(int, request.tokens)), distribution(request.tokens, vocab))  # type: ignore[arg-type]
+
+
+WAYS: dict[str, Way] = {
+    "alone": alone,
+    "ragged": generated,
+    "chunked": chunked,
+    "left padded": left_padded,
+    "in pieces": in_pieces,
+    "forked": forked,
+    "rolled back": rolled_back,
+    "served": served,
+}
