@@ -36,6 +36,11 @@ def measured(spec: es.StackSpec, batch: int, tokens: int, together: bool = False
             loss.backward()
             optimizer.step()
             del loss, parts
+    return peak(seen)
+
+
+def peak(seen: profile) -> int:
+    """The most bytes that were given out at once under a profile."""
     events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     now = most = 0
