@@ -316,6 +316,16 @@ class StackState:
         """The state at `length` [B], if nothing but the position has to change."""
         return replace(self, length=length, bound=int(length.max()) if self.batch else 0)
 
+    def span(self, start: int, stop: int) -> dict[str, Tensor]:
+        """What the tokens from start to stop left in slots of their own: views of what is indexed by position."""
+        slots = self._by_position()
+        return {name: t[:, start:stop] for name, t in self._layers().items() if name in slots}
+
+    def rest(self) -> dict[str, Tensor]:
+        """All that layers keep beside such slots: sums, last inputs, windows."""
+        slots = self._by_position()
+        return {name: t for name, t in self._layers().items() if name not in slots}
+
     def to(self, device: torch.device | str) -> "StackState":
         return self.map(lambda t: t.to(device))
 
@@ -371,8 +381,13 @@ class StackState:
         return replace(self, bound=bound)
 
     def _views(self) -> dict[str, Tensor]:
-        named = {f"{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()}
-        return {**named, "length": self.length, "reach": self.reach}
+        return {**self._layers(), "length": self.length, "reach": self.reach}
+
+    def _layers(self) -> dict[str, Tensor]:
+        return {f"{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.tensors().items()}
+
+    def _by_position(self) -> set[str]:
+        return {f"{i}.{n}" for i, layer in enumerate(self.layers) for n in layer.by_position()}
 
 
 class Snapshots:

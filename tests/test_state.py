@@ -251,3 +251,13 @@ def test_gradients_flow_through_a_state(build_mini: Build) -> None:
     _, state = model.chunkwise(tokens[:, :10], model.init_state(1, 20))
     logits, _ = model.chunkwise(tokens[:, 10:], state)
     close(torch.autograd.grad(logits.sum(), model.embedding.weight)[0], whole, 1e-12)
+
+
+def test_slots_of_positions_and_the_rest_are_the_whole_state(build_mini: Build) -> None:
+    state = build_mini().init_state(2, 20)
+    span, rest = state.span(3, 8), state.rest()
+    assert {name: tuple(t.shape) for name, t in span.items()} == {f"2.{n}": (2, 5, 2, 8) for n in ("keys", "values")}
+    assert rest.keys() == {"0.ssm", "0.conv", "1.kv", "3.keys", "3.values"}  # a window's slots hold many positions
+    assert sum(t.nbytes for t in (*state.span(0, 20).values(), *rest.values())) == state.nbytes()
+    hyena = es.build(es.load("every_mixer_mini")).init_state(1, 9)
+    assert any(name.endswith(".inputs") for name in hyena.span(0, 9))
