@@ -12,6 +12,7 @@ from ..model import Stack
 from ..segments import Segments
 from ..state import StackState
 from .generate import PREFILL, check_prompts
+from .prefix import PrefixStore
 from .sampling import Sampler, Sampling, Token, told
 
 
@@ -43,7 +44,9 @@ class Engine:
 
     A step reads one chunk of one prompt and adds a token to every request that is past its prompt, so that neither
     waits for the other. Prompts are read alone, in chunks that begin at multiples of `prefill`, and steps always have
-    all slots: what a request gets does not depend on the others (its slot's place may round differently).
+    all slots: what a request gets does not depend on the others (its slot's place may round differently). A prompt
+    that begins like an earlier one goes on from what the store `prefixes` kept of it, to the bit as if it were read;
+    with `echo` it is read, for its scores.
     """
 
     def __init__(
@@ -53,8 +56,12 @@ class Engine:
         max_tokens: int | None = None,
         budget: int | None = None,
         prefill: int = PREFILL,
+        prefix_bytes: int | None = None,
     ) -> None:
-        """`budget`: bytes that the slots' states may take; fewer slots are made where it does not hold them all."""
+        """`budget`: bytes that the slots' states may take; fewer slots are made where it does not hold them all.
+
+        `prefix_bytes`: those that the store of prefixes may take beside them; there is none by default.
+        """
         if slots < 1 or prefill < 1:
             raise ValueError(f"slots = {slots} or prefill = {prefill} is too small: give 1 or more")
         self.model, self.prefill = model, prefill
@@ -66,6 +73,7 @@ class Engine:
         self.state = model.init_state(self.slots, max_tokens)
         device = model.embedding.weight.device
         self.sampler = Sampler(self.slots, model.spec.model.vocab_size, device)
+        self.prefixes = None if prefix_bytes is None else PrefixStore(prefix_bytes, prefill, model.flops)
         self.waiting: deque[Request] = deque()
         self.reading: deque[int] = deque()
         self.active: dict[int, Request] = {}
@@ -114,6 +122,8 @@ class Engine:
                 self.active[slot] = request
                 self.reading.append(slot)
                 self.state = self.state.put([slot], self.fresh)
+                if self.prefixes is not None and not request.echo:
+                    request.read = self.prefixes.fill(request.prompt, self._row(slot))
                 self.sampler.put(slot, request.rules, request.prompt)
 
     def _read_chunk(self) -> list[Request]:
@@ -124,6 +134,8 @@ class Engine:
         part = self._ids([request.prompt[request.read : end]])
         logits, row = self.model.chunkwise(part, replace(self._row(slot), bound=request.read))
         self.state = self.state.put([slot], row)
+        if self.prefixes is not None and end % self.prefill == 0:
+            self.prefixes.add(request.prompt[:end], row)
         if request.echo:
             self._score(request, logits[0])
         request.read = end
