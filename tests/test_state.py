@@ -10,7 +10,7 @@ import eulerstack as es
 from eulerstack.segments import Segments
 
 from .conftest import close
-from .test_tape import KINDS, stack_of, told
+from .inference.test_tape import KINDS, stack_of, told
 
 Build = Callable[..., es.Stack]
 

@@ -14,7 +14,7 @@ from eulerstack.cli.main import cli
 from eulerstack.inference.sampling import Token
 from eulerstack.inference.speculation import Speculation
 
-from .conftest import close
+from ..conftest import close
 from .test_generate import PROMPTS, recomputed, written
 
 Build = Callable[..., es.Stack]

@@ -10,8 +10,8 @@ import eulerstack as es
 from eulerstack.inference.tape import Tape
 from eulerstack.segments import Segments
 
-from .conftest import close
-from .contract.cases import MIXERS
+from ..conftest import close
+from ..contract.cases import MIXERS
 
 Build = Callable[..., es.Stack]
 KINDS = ("attention", "attention_window", "attention_latent_window", "branched", "branched_gate", "hyena_deep")
