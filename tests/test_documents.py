@@ -62,9 +62,25 @@ def test_light_commands_of_the_documents_run(page: Path, tmp_path: Path, monkeyp
     write_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     for words in commands(page):
-        if words[0] not in ("fit", "test", "generate"):
+        if words[0] not in ("fit", "test", "generate", "serve"):
             done = CliRunner().invoke(cli, words)
             assert done.exit_code == 0, (words, done.output)
+
+
+def serve(page: Path, words: list[str], folder: Path) -> None:
+    """Run the server that a page shows, on a free port, and what the page asks it by curl; then end it."""
+    lines = re.findall(r"^curl .*$", page.read_text(), re.M)
+    command = [sys.executable, "-m", "eulerstack", *words, "--port", "0"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        found = re.search(r"http://\S+", server.stdout.readline())
+        assert found is not None
+        for line in lines:
+            asked = shlex.split(line.replace("http://127.0.0.1:8000", found[0]))
+            done = subprocess.run([*asked, "--fail"], capture_output=True, text=True)
+            assert done.returncode == 0 and done.stdout, (line, done.stderr)
+        server.terminate()
+        assert server.wait(60) == 0
 
 
 @pytest.mark.slow
@@ -72,6 +88,9 @@ def test_light_commands_of_the_documents_run(page: Path, tmp_path: Path, monkeyp
 def test_every_command_of_the_documents_runs(page: Path, tmp_path: Path) -> None:
     write_files(page, tmp_path)
     for words in commands(page):
+        if words[0] == "serve":
+            serve(page, words, tmp_path)
+            continue
         done = subprocess.run(
             [sys.executable, "-m", "eulerstack", *shortened(words)],
             cwd=tmp_path,
@@ -90,7 +109,7 @@ def test_links_of_the_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "validate", "explain", "estimate", "presets", "schema", "generate", "fit", "test"]
+    "verb", ["", "validate", "explain", "estimate", "presets", "schema", "generate", "serve", "fit", "test"]
 )
 def test_help_teaches(verb: str) -> None:
     done = subprocess.run([sys.executable, "-m", "eulerstack", *verb.split(), "--help"], capture_output=True, text=True)

@@ -240,8 +240,15 @@ class Server(uvicorn.Server):
 
     def __init__(self, api: Api, drain: float) -> None:
         super().__init__(uvicorn.Config(api.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=5))
-        self.service, self.drain = api.service, drain
+        self.api, self.service, self.drain = api, api.service, drain
         self.deadline = float("inf")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for one in sockets or ():
+            host, port = one.getsockname()[:2]
+            place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            print(f"serving {self.api.name} on http://{place} ({self.api.engine.slots} slots)", flush=True)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         if self.service.closing:
@@ -263,8 +270,6 @@ def serve(api: Api, host: str, port: int, drain: float) -> None:
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise ValueError(f"cannot listen on --host {host} --port {port}: {error.strerror}; give others") from None
-    address = f"[{host}]" if ":" in host else host
-    print(f"serving {api.name} on http://{address}:{listener.getsockname()[1]} ({api.engine.slots} slots)", flush=True)
     Server(api, drain).run(sockets=[listener])
 
 
