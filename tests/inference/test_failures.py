@@ -1,4 +1,7 @@
-"""Failures of released engines (the shared facts' list), each as a small test that such a fault would not pass."""
+"""Failures of released engines, each as a small test that such a fault would not pass.
+
+Those of a state alone (rollbacks, continuations, widths, beams) are in tests/test_state.py.
+"""
 
 import random
 from collections.abc import Callable
@@ -9,7 +12,6 @@ import torch
 import eulerstack as es
 from eulerstack.inference.engine import Engine, Request
 from eulerstack.inference.generate import prefill
-from eulerstack.segments import Segments
 
 from ..conftest import close
 from .ways import answer, asked, check
@@ -159,19 +161,3 @@ def test_right_padded_prefill_corrupts_a_recurrent_state(build_mini: Build) -> N
             for got, wanted in zip(state.select([row]).layers, alone.layers, strict=True):
                 for name, tensor in wanted.tensors().items():
                     close(got.tensors()[name], tensor, 1e-12, name)
-
-
-@pytest.mark.parametrize("more", [2, 3, 20])
-def test_multi_token_continuation_ignores_the_ssm_state(build_mini: Build, more: int) -> None:
-    """A released Mamba began from nothing when several tokens followed a state: a relative error of 0.97.
-
-    Here they go on from it, and what they would be without it is something else.
-    """
-    model, cut = build_mini(), len(PROMPT) - more
-    with torch.inference_mode():
-        _, state = model.chunkwise(torch.tensor([PROMPT[:cut]]), model.init_state(1, 60))
-        got, _ = model.chunkwise(torch.tensor([PROMPT[cut:]]), state)
-        without, _ = model.chunkwise(torch.tensor([PROMPT[cut:]]), model.init_state(1, 60), Segments())
-        wanted = model.parallel(torch.tensor([PROMPT]))[:, cut:]
-    close(got, wanted, 1e-12)
-    assert (without - wanted).abs().max() > 0.2 * wanted.abs().max()

@@ -12,6 +12,7 @@ import eulerstack as es
 from eulerstack.inference import generate as module
 from eulerstack.inference.engine import Engine, Request
 from eulerstack.inference.sampling import Token
+from eulerstack.inference.tape import Tape
 
 LOGITS, SURE = 1e-4, 1e-3
 """How far logits may be off, of the largest; how far the two best must lie apart for a greedy token to be certain."""
@@ -127,16 +128,23 @@ def forked(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Wr
 
 
 def rolled_back(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
-    """Five tokens are forgotten again: exactly where a stack is indexed by position, else by a snapshot."""
-    for prompt in prompts:
-        state = model.init_state(1, len(prompt) + count + 5, rollback=5)
-        logits, state = model.chunkwise(torch.tensor([prompt]), state)
-        kept = state.snapshot()
-        for token in range(5):
-            _, state = model.recurrent(torch.tensor([[token]]), state)
-        exact = all(layer.rewindable(5) for layer in state.layers)
-        state = state.rollback(5) if exact else state.restore(kept)
-        yield from goes_on(model, [prompt], count, logits[:, -1], state)
+    """A ragged batch whose rows take some tokens too many, each as many as it likes, and go back."""
+    tape = Tape(model, model.init_state(len(prompts), max(map(len, prompts)) + count + 6, rollback=12), every=4, keep=3)
+    lengths = [len(prompt) for prompt in prompts]
+    logits = tape.chunkwise(*ragged(prompts))[range(len(prompts)), [length - 1 for length in lengths]]
+    beyond = [[7 * row] * (row % 3 * 2 + 1) for row in range(len(prompts))]
+    tape.chunkwise(*ragged(beyond))
+    tape.recurrent(torch.tensor([[3]] * len(prompts)))
+    tape.rollback(torch.tensor([len(more) + 1 for more in beyond]))
+    assert tape.state.length.tolist() == lengths
+    yield from goes_on(model, prompts, count, logits, tape.state)
+
+
+def ragged(rows: list[list[int]]) -> tuple[Tensor, es.Segments]:
+    """Rows of any lengths, padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return ids, es.Segments(real=torch.tensor([[i < len(row) for i in range(longest)] for row in rows]))
 
 
 def served(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
