@@ -25,7 +25,7 @@ def loud(spec: es.StackSpec, dtype: torch.dtype | None = None, seed: int = 0) ->
             if name.endswith("proj.weight"):
                 weight.mul_(2.0)
             if name.endswith(("proj.bias", "sinks")):
-                weight.normal_()
+                weight.normal_(std=0.1)
     return model.eval()
 
 

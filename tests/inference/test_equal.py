@@ -80,7 +80,7 @@ def test_the_reference_is_a_recompute_at_every_token(name: str) -> None:
             last = model.parallel(torch.tensor([text[:end]]))[0, -1]
             assert (whole[end - 1] - last).abs().max() <= 1e-5 * largest
         without = model.parallel(torch.tensor([text[-1:]]))[0, -1]
-        assert (whole[-1] - without).abs().max() > 0.2 * largest
+        assert (whole[-1] - without).abs().max() > 0.1 * largest
 
 
 @minis
