@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from .kernels.provider import Target
 from .layers.channels import ffn_flops, init_ffn, make_ffn
 from .layers.init import draw_normal
+from .layers.linear import serve
 from .layers.moe import MoE, Routing
 from .layers.norm import Norm, make_norm
 from .mixers import Mixer, in_chunks, make_mixer
@@ -35,6 +36,7 @@ class Block(nn.Module):
         self.dropout, self.init, self.checkpointing = hints.dropout, hints.init, hints.checkpointing
         self.mixer: Mixer[LayerState] = make_mixer(layer.mixer, stack, target)
         self.ffn = make_ffn(layer.ffn, width, layer.hidden)
+        serve(self.ffn, target)
         one_norm = self.ffn is None or layer.residual.type == "parallel"
         sandwich = layer.norm.position == "sandwich"
         self.mixer_norm = make_norm(layer.norm, width)

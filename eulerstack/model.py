@@ -14,7 +14,7 @@ from .block import Block
 from .groups import check_groups
 from .kernels.precision import wide
 from .kernels.provider import Target
-from .kernels.select import check_name
+from .kernels.select import check_name, select
 from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
 from .multitoken import Ahead, later, later_targets
@@ -43,6 +43,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleDict({str(layer.index): Block(layer, spec, target) for layer in own})
         self.norm = make_norm(self.plan[-1].norm, width)
         self.head = None if spec.tied else nn.Linear(width, vocab, bias=False)
+        self.linear = select("linear", target).kernels
         self.ahead = nn.ModuleList(Ahead(plan, self.plan[-1].norm, spec, target) for plan in ahead(spec))
 
     @property
@@ -270,7 +271,7 @@ class Stack(nn.Module):
 
     def _scored(self, x: Tensor) -> Tensor:
         weight, cap = self.embedding.weight if self.head is None else self.head.weight, self.spec.head.logit_softcap
-        logits = F.linear(x, weight)
+        logits = self.linear(x, weight)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

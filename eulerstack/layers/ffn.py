@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..spec import GatedMLPSpec, MLPSpec
+from .linear import Linear
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -58,8 +59,8 @@ class MLP(nn.Module):
     def __init__(self, spec: MLPSpec, width: int, hidden: int) -> None:
         super().__init__()
         self.act = ACTIVATIONS[spec.activation]
-        self.up_proj = nn.Linear(width, hidden, bias=spec.bias)
-        self.down_proj = nn.Linear(hidden, width, bias=spec.bias)
+        self.up_proj = Linear(width, hidden, bias=spec.bias)
+        self.down_proj = Linear(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.act(self.up_proj(x)))
@@ -72,9 +73,9 @@ class GatedMLP(nn.Module):
     def __init__(self, spec: GatedMLPSpec, width: int, hidden: int) -> None:
         super().__init__()
         self.gated = GATES[spec.activation]
-        self.gate_proj = nn.Linear(width, hidden, bias=spec.bias)
-        self.up_proj = nn.Linear(width, hidden, bias=spec.bias)
-        self.down_proj = nn.Linear(hidden, width, bias=spec.bias)
+        self.gate_proj = Linear(width, hidden, bias=spec.bias)
+        self.up_proj = Linear(width, hidden, bias=spec.bias)
+        self.down_proj = Linear(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))

@@ -5,6 +5,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from ..kernels.provider import Target
+from ..layers.linear import serve
 from ..spec import (
     AttentionSpec,
     BranchedSpec,
@@ -54,7 +55,9 @@ MIXERS: dict[type[MixerSpec], Callable[..., Mixer[Any]]] = {
 def make_mixer(spec: MixerSpec, stack: StackSpec, target: Target = Target()) -> Mixer[Any]:
     """The mixer a spec names, for the widths of its stack."""
     make = extension(type(spec)) if isinstance(spec, ExtensionSpec) else MIXERS[type(spec)]
-    return make(spec, stack, target)
+    mixer = make(spec, stack, target)
+    mixer.choices += serve(mixer, target)
+    return mixer
 
 
 def extension(spec: type[ExtensionSpec]) -> type[Mixer[Any]]:

@@ -11,6 +11,7 @@ from ..kernels.precision import wide, without_autocast
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
+from ..layers.linear import Linear
 from ..segments import Segments
 from ..spec import HyenaSpec, StackSpec
 from ..state import HistoryState
@@ -88,11 +89,11 @@ class Hyena(Mixer[HistoryState]):
         self.spec, self.width = spec, width
         self.choices = (select("long_conv", target),)
         self.ops = self.choices[0].kernels
-        self.in_proj = nn.Linear(width, (spec.depth + 1) * width, bias=False)
+        self.in_proj = Linear(width, (spec.depth + 1) * width, bias=False)
         self.conv = ShortConv((spec.depth + 1) * width, spec.d_conv)
         self.filter = Filter(spec, width, stack.model.max_seq_len)
         self.skip = nn.Parameter(torch.empty(spec.depth, width))
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = Linear(width, width, bias=False)
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)

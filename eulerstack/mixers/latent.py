@@ -1,11 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache holds a latent, not keys and values."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import matmul_flops
+from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..layers.rope import make_rope, phases, rotate
 from ..segments import Segments
@@ -37,12 +38,12 @@ class LatentAttention(CachedAttention[LatentState]):
         self.choices = (select("attention", target, **needs, **sizes),)
         self.ops = self.choices[0].kernels
         heads_width = self.heads * self.key_dim
-        self.q_proj = nn.Linear(model.d_model, self.heads * (self.key_dim + self.turned), bias=False)
-        self.latent_proj = nn.Linear(model.d_model, self.latent_dim + self.turned, bias=False)
+        self.q_proj = Linear(model.d_model, self.heads * (self.key_dim + self.turned), bias=False)
+        self.latent_proj = Linear(model.d_model, self.latent_dim + self.turned, bias=False)
         self.latent_norm = RMSNorm(self.latent_dim)
-        self.k_proj = nn.Linear(self.latent_dim, heads_width, bias=False)
-        self.v_proj = nn.Linear(self.latent_dim, heads_width, bias=False)
-        self.o_proj = nn.Linear(heads_width, model.d_model, bias=False)
+        self.k_proj = Linear(self.latent_dim, heads_width, bias=False)
+        self.v_proj = Linear(self.latent_dim, heads_width, bias=False)
+        self.o_proj = Linear(heads_width, model.d_model, bias=False)
 
     def _entries(self, x: Tensor, segments: Segments) -> tuple[Tensor, Entries]:
         """q [B, T, H, K + R], and the normed latent [B, T, L] and rotated key [B, T, R]."""

@@ -1,13 +1,14 @@
 """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), normalised: retention without a decay."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear
+from ..layers.linear import Linear
 from ..segments import Segments
 from ..spec import LinearAttentionSpec, StackSpec
 from .retention import Retained
@@ -28,10 +29,10 @@ class LinearAttention(Retained):
         self.key_dim, self.value_dim = width // self.heads, width // self.heads + 1
         self.choices = (select("retention", target),)
         self.ops = self.choices[0].kernels
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, width, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """phi(q), phi(k) [B, T, H, K], v with its ones [B, T, H, K + 1], and the log decay, zero [H]."""

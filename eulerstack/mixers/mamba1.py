@@ -8,6 +8,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops, swiglu
+from ..layers.linear import Linear, joined
 from ..segments import Segments
 from ..spec import Mamba1Spec, StackSpec
 from ..state import SSMState
@@ -27,22 +28,22 @@ class Mamba1(Mamba):
         conv = select("conv", target, width=spec.d_conv, channels=inner)
         self.choices = (select("selective_scan", target, numbers=spec.d_state), conv)
         self.ops, self.conv = (choice.kernels for choice in self.choices)
-        self.z_proj = nn.Linear(width, inner, bias=False)
-        self.x_proj = nn.Linear(width, inner, bias=False)
+        self.z_proj = Linear(width, inner, bias=False)
+        self.x_proj = Linear(width, inner, bias=False)
         self.x_conv = ShortConv(inner, spec.d_conv)
-        self.rank_proj = nn.Linear(inner, rank, bias=False)
-        self.B_proj = nn.Linear(inner, spec.d_state, bias=False)
-        self.C_proj = nn.Linear(inner, spec.d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.rank_proj = Linear(inner, rank, bias=False)
+        self.B_proj = Linear(inner, spec.d_state, bias=False)
+        self.C_proj = Linear(inner, spec.d_state, bias=False)
+        self.dt_proj = Linear(rank, inner, bias=False)
         self.scan = StateSpace({"A_log": (inner, spec.d_state), "D": (inner,), "dt_bias": (inner,)})
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
 
     def _inputs(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """(x, dt [B, T, D], A [D, N], B, C [B, T, N]), D the inner width, and the convolution's state."""
         taps, scan = self.x_conv, self.scan
         values, conv = self.conv(self.x_proj(x), taps.weight.to(x.dtype), taps.bias.to(x.dtype), conv, segments)
-        weight = torch.cat([self.get_parameter(f"{p}_proj.weight") for p in ("rank", "B", "C")])
-        low, B, C = F.linear(values, weight).split([self.dt_proj.in_features, *[self.spec.d_state] * 2], -1)
+        widths = [self.dt_proj.in_features, self.spec.d_state, self.spec.d_state]
+        low, B, C = joined(values, (self.rank_proj, self.B_proj, self.C_proj)).split(widths, -1)
         dt = F.softplus(self.dt_proj(low).to(wide(x.dtype)) + scan.dt_bias)
         return (values, dt, -torch.exp(scan.A_log), B, C), conv
 

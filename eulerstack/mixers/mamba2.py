@@ -8,6 +8,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
+from ..layers.linear import Linear, joined
 from ..layers.norm import RMSNorm
 from ..segments import Segments
 from ..spec import Mamba2Spec, StackSpec
@@ -31,25 +32,25 @@ class Mamba2(Mamba):
         self.choices = (select("ssd", target, numbers=spec.d_state), conv)
         self.ops, self.conv = (choice.kernels for choice in self.choices)
         self.heads = inner // spec.head_dim
-        self.z_proj = nn.Linear(width, inner, bias=False)
-        self.x_proj = nn.Linear(width, inner, bias=False)
-        self.B_proj = nn.Linear(width, shared, bias=False)
-        self.C_proj = nn.Linear(width, shared, bias=False)
-        self.dt_proj = nn.Linear(width, self.heads, bias=False)
+        self.z_proj = Linear(width, inner, bias=False)
+        self.x_proj = Linear(width, inner, bias=False)
+        self.B_proj = Linear(width, shared, bias=False)
+        self.C_proj = Linear(width, shared, bias=False)
+        self.dt_proj = Linear(width, self.heads, bias=False)
         self.x_conv = ShortConv(inner, spec.d_conv)
         self.B_conv = ShortConv(shared, spec.d_conv)
         self.C_conv = ShortConv(shared, spec.d_conv)
         self.scan = StateSpace(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
         self.norm = RMSNorm(inner, spec.n_groups)
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
 
     def _inputs(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """(x [B, T, H, P], dt [B, T, H], A [H], B, C [B, T, G, N]) and the convolution's state."""
         parts = ("x", "B", "C")
-        weight = torch.cat([self.get_parameter(f"{p}_proj.weight") for p in parts])
+        values = joined(x, (self.x_proj, self.B_proj, self.C_proj))
         taps = torch.cat([self.get_parameter(f"{p}_conv.weight") for p in parts])
         bias = torch.cat([self.get_parameter(f"{p}_conv.bias") for p in parts])
-        mixed, conv = self.conv(F.linear(x, weight), taps.to(x.dtype), bias.to(x.dtype), conv, segments)
+        mixed, conv = self.conv(values, taps.to(x.dtype), bias.to(x.dtype), conv, segments)
         shared = self.spec.n_groups * self.spec.d_state
         values, B, C = mixed.split([self.z_proj.out_features, shared, shared], -1)
         scan = self.scan

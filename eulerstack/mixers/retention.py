@@ -12,6 +12,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
+from ..layers.linear import Linear
 from ..layers.norm import layer_norm
 from ..layers.precision import FullPrecision
 from ..layers.rope import make_rope, phases, rotate
@@ -48,7 +49,7 @@ class Decay(nn.Module):
         super().__init__()
         self.gamma, self.heads = gamma, heads
         self.learned = FullPrecision({"gamma": (heads,)}) if gamma == "learned" else None
-        self.gamma_proj = nn.Linear(width, heads, bias=False) if gamma == "gated" else None
+        self.gamma_proj = Linear(width, heads, bias=False) if gamma == "gated" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.learned is not None:
@@ -141,11 +142,11 @@ class Retention(Retained):
         self.ops = self.choices[0].kernels
         self.rope = make_rope(stack.embedding, stack.model.max_seq_len, self.key_dim) if spec.rope else None
         self.decay = Decay(spec.gamma, width, self.heads)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, value, bias=False)
-        self.g_proj = nn.Linear(width, value, bias=False) if spec.swish_gate else None
-        self.o_proj = nn.Linear(value, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, value, bias=False)
+        self.g_proj = Linear(width, value, bias=False) if spec.swish_gate else None
+        self.o_proj = Linear(value, width, bias=False)
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""

@@ -10,6 +10,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
+from ..layers.linear import Linear
 from ..layers.precision import FullPrecision
 from ..segments import Segments
 from ..spec import RWKVSpec, StackSpec
@@ -33,10 +34,10 @@ class RWKV(Mixer[WKVState]):
         self.mix_k = nn.Parameter(torch.empty(width))
         self.mix_v = nn.Parameter(torch.empty(width))
         self.mix_r = nn.Parameter(torch.empty(width))
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.r_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, width, bias=False)
+        self.r_proj = Linear(width, width, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
         self.time = FullPrecision({"decay": (width,), "bonus": (width,)})
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:

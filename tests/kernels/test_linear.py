@@ -1,0 +1,151 @@
+"""The product of few rows: its result, and when it leaves the product to PyTorch."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import eulerstack as es
+from eulerstack.kernels.provider import Target
+from eulerstack.kernels.select import select
+from eulerstack.layers.linear import FEW, Linear, joined, serve
+
+from ..conftest import close
+
+pytest.importorskip("numba")
+
+from eulerstack.kernels.compiled import openmp
+from eulerstack.kernels.linear import numba as fast
+
+if openmp() is None:
+    pytest.skip("this PyTorch does not run on GNU's OpenMP", allow_module_level=True)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each product that the loops made."""
+    found: list[int] = []
+    product = fast._product
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        found.append(x.numel() // x.shape[-1])
+        return product(x, weight)
+
+    monkeypatch.setattr(fast, "_product", counted)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, fast.ROWS),
+    inputs=st.integers(1, 600),
+    outputs=st.integers(1, 70),
+    threads=st.integers(1, 4),
+    bias=st.booleans(),
+)
+def test_is_pytorchs_product(rows: int, inputs: int, outputs: int, threads: int, bias: bool) -> None:
+    x, weight = torch.randn(rows, 1, inputs), torch.randn(outputs, inputs)
+    b = torch.randn(outputs) if bias else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = fast._product(x, weight) if b is None else fast._product(x, weight).add_(b)
+    finally:
+        torch.set_num_threads(before)
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    close(y.double(), exact, 1e-5)
+
+
+def test_does_not_depend_on_the_threads() -> None:
+    x, weight = torch.randn(7, 300), torch.randn(999, 300)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(fast._product(x, weight))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+W, FEW_ROWS = torch.randn(256, 128), torch.randn(2, 1, 128)
+LEFT_TO_PYTORCH = {
+    "many rows": (torch.randn(fast.ROWS + 1, 128), W),
+    "no rows": (torch.randn(0, 128), W),
+    "a small weight": (FEW_ROWS, W[:8]),
+    "float64": (FEW_ROWS.double(), W.double()),
+    "bfloat16": (FEW_ROWS.bfloat16(), W.bfloat16()),
+    "a weight that is not contiguous": (FEW_ROWS, torch.randn(128, 256).T),
+    "meta": (FEW_ROWS.to("meta"), W.to("meta")),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_TO_PYTORCH)
+def test_leaves_to_pytorch(case: str, products: list[int]) -> None:
+    x, weight = LEFT_TO_PYTORCH[case]
+    y = fast.linear(x, weight)
+    assert y.device.type == "meta" or torch.equal(y, F.linear(x, weight))
+    assert not products
+
+
+def test_takes_rows_that_are_not_contiguous(products: list[int]) -> None:
+    x = torch.randn(128, 3).T
+    close(fast.linear(x, W), F.linear(x, W), 1e-5)
+    assert products == [3]
+
+
+def test_leaves_gradients_autocast_and_wrong_widths_to_pytorch(products: list[int]) -> None:
+    weight = nn.Parameter(W.clone())
+    assert fast.linear(FEW_ROWS, weight).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast.linear(FEW_ROWS, W).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fast.linear(FEW_ROWS[..., :127], W)
+    assert not products
+    with torch.no_grad():
+        fast.linear(FEW_ROWS, weight)
+    assert products == [2]
+
+
+def test_by_name_and_by_itself() -> None:
+    assert select("linear", Target()).provider == "numba"
+    assert select("linear", Target("torch")).kernels is F.linear
+    assert select("linear", Target(dtype=torch.float64)).provider == "torch"
+    assert select("linear", Target(device="cuda")).provider == "torch"
+
+
+def test_without_openmp_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "openmp", lambda: None)
+    assert select("linear", Target())[:2] == ("linear", "torch")
+    assert "OpenMP" in select("linear", Target()).reason
+
+
+def test_serves_every_linear_layer_of_a_stack() -> None:
+    stack = es.build(es.load("every_mixer_mini"))
+    layers = [m for m in stack.modules() if isinstance(m, Linear)]
+    plain = [name for name, m in stack.named_modules() if type(m) is nn.Linear]
+    assert len(layers) > 30
+    assert all(layer.ops is fast.linear for layer in layers)
+    assert all("filter" in name or "gate_proj" in name or "router" in name for name in plain), plain
+
+
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_is_each_by_itself(rows: int, bias: bool) -> None:
+    layers = nn.ModuleList(Linear(40, width, bias=bias, dtype=torch.float64) for width in (3, 5, 8))
+    x = torch.randn(1, rows, 40, dtype=torch.float64)
+    serve(layers, Target())
+    close(joined(x, list(layers)), torch.cat([layer(x) for layer in layers], -1), 1e-12)  # type: ignore[arg-type]
+
+
+def test_a_forked_process_multiplies_too() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as PyTorch's own workers do
+    wanted, child = fast.linear(FEW_ROWS, W), os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(fast.linear(FEW_ROWS, W), wanted) else 1)
+    torch.set_num_threads(before)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
