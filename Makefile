@@ -55,6 +55,7 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.inference
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -271,7 +271,7 @@ class Stack(nn.Module):
 
     def _scored(self, x: Tensor) -> Tensor:
         weight, cap = self.embedding.weight if self.head is None else self.head.weight, self.spec.head.logit_softcap
-        logits = self.linear(x, weight)
+        logits = self.linear(x, (weight,), (None,))
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..spec import GatedMLPSpec, MLPSpec
-from .linear import Linear
+from .linear import Linear, beside
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -22,6 +22,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(up)
     y: Tensor = _SwiGLU.apply(gate, up)
     return y
 
@@ -78,7 +80,7 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
+        y: Tensor = self.down_proj(self.gated(*beside(x, (self.gate_proj, self.up_proj))))
         return y
 
 

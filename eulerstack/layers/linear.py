@@ -2,23 +2,21 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..kernels.linear import FEW, rows
+from ..kernels.linear import torch as reference
 from ..kernels.provider import Kernel, Target
 from ..kernels.select import Choice, select
-
-FEW = 32  # rows from which on it is faster to join weights than to multiply by each
 
 
 class Linear(nn.Linear):
     """nn.Linear by the kernels that `serve` gave it; PyTorch's until then."""
 
-    ops: Kernel = staticmethod(F.linear)
+    ops: Kernel = staticmethod(reference.linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.ops(x, self.weight, self.bias)
+        y: Tensor = self.ops(x, (self.weight,), (self.bias,))
         return y
 
 
@@ -32,11 +30,14 @@ def serve(module: nn.Module | None, target: Target) -> tuple[Choice, ...]:
 
 
 def joined(x: Tensor, layers: Sequence[Linear]) -> Tensor:
-    """The outputs of several layers side by side [..., sum of out].
+    """The outputs of several layers side by side, [..., sum of out]."""
+    y: Tensor = layers[0].ops(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+    return y
 
-    Many rows meet the joined weights in one product; for few, joining would take longer than the product.
-    """
-    if x.shape[:-1].numel() <= FEW:
-        return torch.cat([layer(x) for layer in layers], -1)
-    bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
-    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
+
+def beside(x: Tensor, layers: Sequence[Linear]) -> Sequence[Tensor]:
+    """The output of each of several layers: few rows meet all weights in one call."""
+    if rows(x) > FEW:
+        return [layer(x) for layer in layers]
+    parts: Sequence[Tensor] = joined(x, layers).split([layer.out_features for layer in layers], -1)
+    return parts

@@ -12,7 +12,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
-from ..layers.linear import Linear
+from ..layers.linear import Linear, beside
 from ..layers.norm import layer_norm
 from ..layers.precision import FullPrecision
 from ..layers.rope import make_rope, phases, rotate
@@ -73,7 +73,7 @@ class Retained(Mixer[RetentionState]):
 
     spec: RetNetSpec | LinearAttentionSpec
     ops: Any  # the kernels of retention
-    q_proj: nn.Linear
+    q_proj: Linear
     heads: int
     key_dim: int
     value_dim: int
@@ -150,9 +150,10 @@ class Retention(Retained):
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.key_dim)) * self.key_dim**-0.5
-        k = self.k_proj(x).unflatten(-1, (self.heads, self.key_dim))
-        v = self.v_proj(x).unflatten(-1, (self.heads, self.value_dim))
+        q, k, v = beside(x, (self.q_proj, self.k_proj, self.v_proj))
+        q = q.unflatten(-1, (self.heads, self.key_dim)) * self.key_dim**-0.5
+        k = k.unflatten(-1, (self.heads, self.key_dim))
+        v = v.unflatten(-1, (self.heads, self.value_dim))
         if self.rope is not None:
             turn = phases(segments, self.rope, x.dtype)
             q, k = rotate(q, *turn), rotate(k, *turn)

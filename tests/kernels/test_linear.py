@@ -1,6 +1,7 @@
 """The product of few rows: its result, and when it leaves the product to PyTorch."""
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eulerstack as es
+from eulerstack.kernels.linear import FEW
+from eulerstack.kernels.linear import torch as reference
 from eulerstack.kernels.provider import Target
 from eulerstack.kernels.select import select
-from eulerstack.layers.linear import FEW, Linear, joined, serve
+from eulerstack.layers.linear import Linear, beside, joined, serve
 
 from ..conftest import close
 
@@ -29,35 +32,36 @@ if openmp() is None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each product that the loops made."""
     found: list[int] = []
-    product = fast._product
+    products = fast._products
 
-    def counted(x: Tensor, weight: Tensor) -> Tensor:
+    def counted(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         found.append(x.numel() // x.shape[-1])
-        return product(x, weight)
+        return products(x, weights)
 
-    monkeypatch.setattr(fast, "_product", counted)
+    monkeypatch.setattr(fast, "_products", counted)
     return found
+
+
+def linear(x: Tensor, *weights: Tensor) -> Tensor:
+    return fast.linear(x, weights, [None] * len(weights))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, fast.ROWS),
+    rows=st.integers(1, FEW),
     inputs=st.integers(1, 600),
-    outputs=st.integers(1, 70),
+    outputs=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     threads=st.integers(1, 4),
-    bias=st.booleans(),
 )
-def test_is_pytorchs_product(rows: int, inputs: int, outputs: int, threads: int, bias: bool) -> None:
-    x, weight = torch.randn(rows, 1, inputs), torch.randn(outputs, inputs)
-    b = torch.randn(outputs) if bias else None
+def test_is_pytorchs_product(rows: int, inputs: int, outputs: list[int], threads: int) -> None:
+    x, weights = torch.randn(rows, 1, inputs), [torch.randn(n, inputs) for n in outputs]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        y = fast._product(x, weight) if b is None else fast._product(x, weight).add_(b)
+        y = fast._products(x, weights)
     finally:
         torch.set_num_threads(before)
-    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-    close(y.double(), exact, 1e-5)
+    close(y.double(), F.linear(x.double(), torch.cat(weights).double()), 1e-5)
 
 
 def test_does_not_depend_on_the_threads() -> None:
@@ -65,7 +69,7 @@ def test_does_not_depend_on_the_threads() -> None:
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(fast._product(x, weight))
+        results.append(fast._products(x, [weight]))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -73,7 +77,7 @@ def test_does_not_depend_on_the_threads() -> None:
 
 W, FEW_ROWS = torch.randn(256, 128), torch.randn(2, 1, 128)
 LEFT_TO_PYTORCH = {
-    "many rows": (torch.randn(fast.ROWS + 1, 128), W),
+    "many rows": (torch.randn(FEW + 1, 128), W),
     "no rows": (torch.randn(0, 128), W),
     "a small weight": (FEW_ROWS, W[:8]),
     "float64": (FEW_ROWS.double(), W.double()),
@@ -86,33 +90,35 @@ LEFT_TO_PYTORCH = {
 @pytest.mark.parametrize("case", LEFT_TO_PYTORCH)
 def test_leaves_to_pytorch(case: str, products: list[int]) -> None:
     x, weight = LEFT_TO_PYTORCH[case]
-    y = fast.linear(x, weight)
+    y = linear(x, weight)
     assert y.device.type == "meta" or torch.equal(y, F.linear(x, weight))
     assert not products
 
 
 def test_takes_rows_that_are_not_contiguous(products: list[int]) -> None:
     x = torch.randn(128, 3).T
-    close(fast.linear(x, W), F.linear(x, W), 1e-5)
+    close(linear(x, W), F.linear(x, W), 1e-5)
     assert products == [3]
 
 
 def test_leaves_gradients_autocast_and_wrong_widths_to_pytorch(products: list[int]) -> None:
     weight = nn.Parameter(W.clone())
-    assert fast.linear(FEW_ROWS, weight).requires_grad
+    assert linear(FEW_ROWS, weight).requires_grad
+    assert linear(FEW_ROWS, W, weight).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
-        assert fast.linear(FEW_ROWS, W).dtype == torch.bfloat16
+        assert linear(FEW_ROWS, W).dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        fast.linear(FEW_ROWS[..., :127], W)
+        linear(FEW_ROWS[..., :127], W)
     assert not products
     with torch.no_grad():
-        fast.linear(FEW_ROWS, weight)
-    assert products == [2]
+        linear(FEW_ROWS, weight)
+        linear(FEW_ROWS, weight, W)
+    assert products == [2, 2]
 
 
 def test_by_name_and_by_itself() -> None:
     assert select("linear", Target()).provider == "numba"
-    assert select("linear", Target("torch")).kernels is F.linear
+    assert select("linear", Target("torch")).kernels is reference.linear
     assert select("linear", Target(dtype=torch.float64)).provider == "torch"
     assert select("linear", Target(device="cuda")).provider == "torch"
 
@@ -135,17 +141,21 @@ def test_serves_every_linear_layer_of_a_stack() -> None:
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_is_each_by_itself(rows: int, bias: bool) -> None:
-    layers = nn.ModuleList(Linear(40, width, bias=bias, dtype=torch.float64) for width in (3, 5, 8))
-    x = torch.randn(1, rows, 40, dtype=torch.float64)
-    serve(layers, Target())
-    close(joined(x, list(layers)), torch.cat([layer(x) for layer in layers], -1), 1e-12)  # type: ignore[arg-type]
+    layers = [Linear(400, width, bias=bias) for width in (30, 5, 8)]
+    x = torch.randn(1, rows, 400)
+    serve(nn.ModuleList(layers), Target())
+    with torch.no_grad():
+        wanted = torch.cat([F.linear(x, layer.weight, layer.bias) for layer in layers], -1)
+        close(joined(x, layers), wanted, 1e-5)
+        close(torch.cat(tuple(beside(x, layers)), -1), wanted, 1e-5)
+    close(joined(x, layers), wanted, 1e-5)
 
 
 def test_a_forked_process_multiplies_too() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as PyTorch's own workers do
-    wanted, child = fast.linear(FEW_ROWS, W), os.fork()
+    wanted, child = linear(FEW_ROWS, W), os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(fast.linear(FEW_ROWS, W), wanted) else 1)
+        os._exit(0 if torch.equal(linear(FEW_ROWS, W), wanted) else 1)
     torch.set_num_threads(before)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

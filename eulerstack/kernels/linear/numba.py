@@ -7,62 +7,61 @@ depend on how many there are.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
 import torch
 from numba import carray, types  # type: ignore[attr-defined]
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ..compiled import FAST_MATH, compiled, openmp
 from ..provider import Provider, Target, on_cpu
+from . import FEW
+from . import torch as reference
 
-ROWS = 32
-BLOCK = 16  # rows of the weight that stay in a core's cache while all rows of x meet them
-LEAST = 1 << 14  # numbers of a weight below which the call itself takes longer
+LEAST = 1 << 14  # numbers of weights below which the call itself takes longer
+BLOCK = 16  # rows of a weight that stay in a core's cache while all rows of x meet them
 GRAIN = 1 << 16  # products that are worth one more thread
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; up to ROWS rows of float32 that want no gradient by the loops below."""
-    if not _serves(x, weight):
-        return F.linear(x, weight, bias)
-    y = _product(x.contiguous(), weight)
-    return y if bias is None else y.add_(bias)
+def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """PyTorch's; up to FEW rows of float32 that want no gradient by the loops below, all weights in one call."""
+    if not _serves(x, weights):
+        return reference.linear(x, weights, biases)
+    y = _products(x.contiguous(), weights)
+    return y if biases[0] is None else y.add_(torch.cat(cast(list[Tensor], list(biases))))
 
 
-def _serves(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.dtype is weight.dtype is torch.float32
-        and weight.numel() >= LEAST
-        and 0 < x.numel() <= ROWS * x.shape[-1]
-        and x.shape[-1] == weight.shape[-1]
-        and x.is_cpu
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    inputs, numbers, grads = x.shape[-1], 0, torch.is_grad_enabled()
+    if not 0 < x.numel() <= FEW * inputs or not _readable(x, grads):
+        return False
+    for weight in weights:
+        if weight.shape[-1] != inputs or not (_readable(weight, grads) and weight.is_contiguous()):
+            return False
+        numbers += weight.numel()
+    return numbers >= LEAST and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # no tensors that stand for others, such as a shard's
+def _readable(tensor: Tensor, grads: bool) -> bool:
+    """Not so for tensors that want a gradient or stand for others, such as a shard's."""
+    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return tensor.dtype is torch.float32 and tensor.is_cpu and plain and not (grads and tensor.requires_grad)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T of contiguous tensors."""
-    outputs, inputs = weight.shape
-    rows = x.numel() // inputs
-    y = x.new_empty(*x.shape[:-1], outputs)
-    sizes = (ctypes.c_int64 * 3)(rows, outputs, inputs)
-    pointers = (weight.data_ptr(), x.data_ptr(), y.data_ptr(), ctypes.addressof(sizes))
-    threads = min(torch.get_num_threads(), 1 + rows * weight.numel() // GRAIN)
-    openmp()(_share().address, (ctypes.c_void_p * 4)(*pointers), threads, 0)
+def _products(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x W^T of contiguous tensors, for each W."""
+    inputs, widths = x.shape[-1], [weight.shape[0] for weight in weights]
+    total, count, rows = sum(widths), len(widths), x.numel() // inputs
+    y = x.new_empty(*x.shape[:-1], total)
+    sizes = (ctypes.c_int64 * (4 + count))(rows, inputs, total, count, *widths)
+    found = (x.data_ptr(), y.data_ptr(), *[weight.data_ptr() for weight in weights])
+    pointers = (ctypes.c_void_p * (3 + count))(ctypes.addressof(sizes), *found)
+    threads = min(torch.get_num_threads(), 1 + rows * inputs * total // GRAIN)
+    openmp()(_share().address, pointers, threads, 0)
     return y
 
 
@@ -72,14 +71,19 @@ def _share() -> Any:
 
     @numba.cfunc(types.void(types.CPointer(types.voidptr)), fastmath=FAST_MATH, error_model="numpy", cache=True)
     def share(pointers: Any) -> None:
-        sizes = carray(pointers[3], 3, np.int64)
-        rows, outputs, inputs = sizes[0], sizes[1], sizes[2]
-        weight = carray(pointers[0], (outputs, inputs), np.float32)
+        sizes: Any = carray(pointers[0], 4, np.int64)
+        rows, inputs, total, count = sizes
+        widths: Any = carray(pointers[0], 4 + count, np.int64)
         x = carray(pointers[1], (rows, inputs), np.float32)
-        y = carray(pointers[2], (rows, outputs), np.float32)
-        this, all_of_them, pairs = _thread(), _threads(), (outputs + 1) // 2
-        begin, end = pairs * this // all_of_them * 2, pairs * (this + 1) // all_of_them * 2
-        _rows(begin, min(end, outputs), weight, x, y)
+        y = carray(pointers[2], (rows, total), np.float32)
+        this, threads, start = _thread(), _threads(), 0
+        for part in range(count):
+            width = widths[4 + part]
+            weight = carray(pointers[3 + part], (width, inputs), np.float32)
+            pairs = (width + 1) // 2
+            begin, end = pairs * this // threads * 2, min(width, pairs * (this + 1) // threads * 2)
+            _rows(begin, end, weight, x, y[:, start : start + width])
+            start += width
 
     return share
 

@@ -1,0 +1,239 @@
+"""`python -m benchmarks.inference`: decoding, the engine, prefill, long contexts and memory, each beside its peer.
+
+Writes results/cpu_inference.md. Everything is a ratio of two things that are timed in turns within seconds of each
+other, each by its quickest round, so that a busy machine changes it little; medians are told beside.
+"""
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import eulerstack as es
+from eulerstack.inference.engine import Engine
+from eulerstack.inference.generate import prefill
+from eulerstack.layers.linear import Linear
+
+from .peers import MODELS, OURS, VOCAB
+from .timing import interleaved
+
+RESULTS = Path(__file__).parent / "results" / "cpu_inference.md"
+LARGE = "llm_0p1b_simple"
+RECURRENT = ("retnet", "mamba1", "mamba2", "rwkv", "linear")
+NEW, PROMPT, SLOTS, CONTEXT = 32, 32, 16, 100
+
+Step = Callable[[], object]
+Section = Callable[[int], list[str]]
+
+
+def small(name: str) -> es.Stack:
+    stack = OURS[name]().module
+    assert isinstance(stack, es.Stack)
+    return stack.eval()
+
+
+def large() -> es.Stack:
+    return es.build(es.load(LARGE), dtype=torch.float32).eval()
+
+
+def against_transformers(rounds: int) -> list[str]:
+    """`generate`, greedy, batch 1: a Llama of equal widths and parameters by its default cache, and by a static one."""
+    llama, prompt = MODELS["llama"]().module.eval(), torch.randint(0, VOCAB, (1, PROMPT))
+
+    def theirs(**options: object) -> Step:
+        asked = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        return lambda: llama.generate(prompt, **asked, **options)  # type: ignore[operator]
+
+    def ours(stack: es.Stack) -> Step:
+        return lambda: list(es.generate(stack, prompt, NEW, temperature=0))
+
+    mine = {f"eulerstack {name}": small(name) for name in ("attention", "retnet", "mamba2", "tri")}
+    steps = {name: ours(stack) for name, stack in mine.items()}
+    steps |= {"HF Llama": theirs(), "HF Llama, static": theirs(cache_implementation="static", disable_compile=True)}
+    times = interleaved(steps, rounds)
+    count = {**mine} | dict.fromkeys(("HF Llama", "HF Llama, static"), llama)
+    lines = ["| model | parameters | ms a token | median | times as fast as HF Llama | as its static cache |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, taken in times.items():
+        parameters = sum(p.numel() for p in count[name].parameters())
+        shown = [min(taken), statistics.median(taken)]
+        against = [min(times[peer]) / min(taken) for peer in ("HF Llama", "HF Llama, static")]
+        cells = [f"{1e3 * s / NEW:.2f}" for s in shown] + [f"{r:.2f}" for r in against]
+        lines.append(f"| {name} | {parameters:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def weights_of(stack: es.Stack) -> list[Tensor]:
+    """Every matrix that a step of decoding reads."""
+    layers = [m.weight for m in stack.layers.modules() if isinstance(m, Linear)]
+    return [*layers, stack.embedding.weight if stack.head is None else stack.head.weight]
+
+
+def each(weights: list[Tensor], rows: int, product: Callable[[Tensor, Tensor], object]) -> Step:
+    """A product with every weight, one after the other."""
+    inputs = {n: torch.randn(rows, 1, n) for n in {weight.shape[1] for weight in weights}}
+
+    def step() -> None:
+        with torch.inference_mode():
+            for weight in weights:
+                product(inputs[weight.shape[1]], weight)
+
+    return step
+
+
+def decoding(stack: es.Stack, rows: int, context: int = CONTEXT, room: int = 4096) -> Step:
+    """One token more for each row, after `context` tokens."""
+    with torch.inference_mode():
+        state = stack.init_state(rows, context + room if stack.grows else None)
+        for part in torch.randint(0, VOCAB, (rows, context)).split(512, 1):
+            _, state = stack.chunkwise(part, state)
+    held, token = [state], torch.zeros(rows, 1, dtype=torch.int64)
+
+    def step() -> None:
+        with torch.inference_mode():
+            _, held[0] = stack.recurrent(token, held[0])
+
+    return step
+
+
+def bandwidth(rounds: int) -> list[str]:
+    """A step of decoding beside the sum of the very weights, which reads them and does nothing else."""
+    stack = large()
+    weights = weights_of(stack)
+    steps = {
+        "sum of the weights": each(weights, 1, lambda x, weight: weight.sum()),
+        "a step of decoding": decoding(stack, 1),
+        "its linear layers alone": each(weights, 1, _by(stack)),
+        "the same by F.linear": each(weights, 1, F.linear),
+    }
+    times = interleaved(steps, rounds)
+    size = sum(w.numel() * w.element_size() for w in weights)
+    lines = [f"{LARGE}, float32, batch 1: {size:,} bytes of weights.", ""]
+    lines += ["| what | ms | GB/s | of the sum's rate | median |", "|---|---|---|---|---|"]
+    for name, taken in times.items():
+        rate, share = size / min(taken) / 1e9, min(times["sum of the weights"]) / min(taken)
+        typical = statistics.median(a / b for a, b in zip(times["sum of the weights"], taken, strict=True))
+        lines.append(f"| {name} | {1e3 * min(taken):.2f} | {rate:.1f} | {share:.2f} | {typical:.2f} |")
+    return lines
+
+
+def _by(stack: es.Stack) -> Callable[[Tensor, Tensor], object]:
+    return lambda x, weight: stack.linear(x, (weight,), (None,))
+
+
+def engine(rounds: int) -> list[str]:
+    """Tokens a second of 16 requests in 16 slots over those of one in one, and the same of the linear layers alone."""
+    lines = ["| stack | engine, 16 : 1 | its linear layers, 16 : 1 | the first over the second | F.linear, 16 : 1 |"]
+    lines.append("|---|---|---|---|---|")
+    for name, stack in ((f"{LARGE}, float32", large()), ("tri", small("tri")), ("attention", small("attention"))):
+        weights = weights_of(stack)
+        steps = {f"engine {slots}": _served(stack, slots) for slots in (1, SLOTS)}
+        steps |= {f"linear {rows}": each(weights, rows, _by(stack)) for rows in (1, SLOTS)}
+        steps |= {f"F.linear {rows}": each(weights, rows, F.linear) for rows in (1, SLOTS)}
+        quickest = {key: min(taken) for key, taken in interleaved(steps, rounds).items()}
+        gains = [
+            SLOTS * quickest[f"{kind} 1"] / quickest[f"{kind} {SLOTS}"] for kind in ("engine", "linear", "F.linear")
+        ]
+        lines.append(f"| {name} | {gains[0]:.2f} | {gains[1]:.2f} | {gains[0] / gains[1]:.2f} | {gains[2]:.2f} |")
+    return lines
+
+
+def _served(stack: es.Stack, slots: int) -> Step:
+    """A step of an engine whose slots are all past their prompts."""
+    serving = Engine(stack, slots, max_tokens=4096)
+
+    def fill() -> None:
+        for _ in range(slots):
+            serving.submit([1] * CONTEXT, 2000, temperature=0)
+        while serving.reading or serving.waiting:
+            serving.step()
+
+    def step() -> None:
+        if serving.idle:
+            fill()
+        serving.step()
+
+    fill()
+    return step
+
+
+def prompts(rounds: int, tokens: int = 4096) -> list[str]:
+    """Tokens a second of reading a prompt in chunks, over those of a training step's forward pass."""
+    lines = ["| stack | tokens/s of prefill | of the training forward | ratio |", "|---|---|---|---|"]
+    for name in ("attention", "retnet", "mamba2", "tri"):
+        stack, ids = small(name), torch.randint(0, VOCAB, (1, tokens))
+
+        def read(stack: es.Stack = stack, ids: Tensor = ids) -> None:
+            with torch.inference_mode():
+                prefill(stack, ids.tolist())
+
+        steps = {"prefill": read, "forward": lambda stack=stack, ids=ids: stack.losses(ids, ids)}
+        quickest = {key: min(taken) for key, taken in interleaved(steps, max(3, rounds // 10)).items()}
+        rates = [tokens / quickest[key] for key in ("prefill", "forward")]
+        lines.append(f"| {name} | {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[0] / rates[1]:.2f} |")
+    return lines
+
+
+def long_contexts(rounds: int, long: int = 100_000) -> list[str]:
+    """Stacks whose state does not grow: a token after 100,000 tokens beside one after 100."""
+    lines = [f"| stack | ms at {CONTEXT} | ms at {long:,} | ratio |", "|---|---|---|---|"]
+    for name in RECURRENT:
+        stack = small(name)
+        steps = {str(context): decoding(stack, 1, context) for context in (CONTEXT, long)}
+        times = interleaved(steps, 4 * rounds, warmup=10)
+        short, far = (1e3 * min(times[str(context)]) for context in (CONTEXT, long))
+        lines.append(f"| {name} | {short:.3f} | {far:.3f} | {far / short:.3f} |")
+    return lines
+
+
+def memory(rounds: int) -> list[str]:
+    """Bytes that a state takes, and that `estimate` says; nothing is timed."""
+    lines = ["| stack | batch | tokens | bytes of state | of the estimate |", "|---|---|---|---|---|"]
+    for name, batch, tokens in _sizes():
+        spec = es.load(name)
+        held, told = es.build(spec).init_state(batch, tokens).nbytes(), es.estimate(spec).state_bytes(batch, tokens)
+        lines.append(f"| {name} | {batch} | {tokens:,} | {held:,} | {told['total']:,} |")
+    return lines
+
+
+def _sizes() -> Iterator[tuple[str, int, int]]:
+    for name in ("arch_expert_research_mini", "every_mixer_mini", LARGE):
+        for batch, tokens in ((1, 100), (16, 2000)):
+            yield name, batch, tokens
+
+
+SECTIONS: dict[str, Section] = {
+    "A token of a 3M stack against transformers": against_transformers,
+    "Reading the weights of a 100M stack": bandwidth,
+    "The engine: 16 requests over one": engine,
+    "Prefill of 4,096 tokens over the training forward": prompts,
+    "A token after 100,000 tokens over one after 100": long_contexts,
+    "The state's memory": memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40, help="counted rounds of each comparison")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="a section; nothing is written then")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    about = f"On a CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; quickest of "
+    report = ["# Inference", "", f"{about}{options.rounds} interleaved rounds.", ""]
+    for title in options.only or SECTIONS:
+        section = [f"## {title}", "", *SECTIONS[title](options.rounds), ""]
+        print("\n".join(section), flush=True)
+        report += section
+    if not options.only:
+        RESULTS.write_text("\n".join(report))
+        print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
