@@ -8,7 +8,7 @@ from .provider import Provider, Target
 PROVIDERS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "flash_attn"),
     "conv": ("numba", "torch", "causal_conv1d"),
-    "linear": ("numba", "torch"),
+    "linear": ("numba", "onednn", "torch"),
     "long_conv": ("torch",),
     "wkv": ("torch",),
     "retention": ("numba", "torch", "fla"),

@@ -7,7 +7,7 @@ depend on how many there are.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -15,11 +15,12 @@ import numba
 import numpy as np
 import torch
 from numba import carray, types  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compiled import FAST_MATH, compiled, openmp
 from ..provider import Provider, Target, on_cpu
-from . import FEW
+from ..shapes import readable
+from . import FEW, onednn
 from . import torch as reference
 
 LEAST = 1 << 14  # numbers of weights below which the call itself takes longer
@@ -28,11 +29,16 @@ GRAIN = 1 << 16  # products that are worth one more thread
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """PyTorch's; up to FEW rows of float32 that want no gradient by the loops below, all weights in one call."""
+    """Up to FEW rows of float32 that want no gradient by the loops below, all weights in one call; many by oneDNN."""
     if not _serves(x, weights):
-        return reference.linear(x, weights, biases)
+        return _many()(x, weights, biases)
     y = _products(x.contiguous(), weights)
     return y if biases[0] is None else y.add_(torch.cat(cast(list[Tensor], list(biases))))
+
+
+@cache
+def _many() -> Callable[..., Tensor]:
+    return onednn.linear if onednn.refuses(Target()) is None else reference.linear
 
 
 def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -47,9 +53,8 @@ def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def _readable(tensor: Tensor, grads: bool) -> bool:
-    """Not so for tensors that want a gradient or stand for others, such as a shard's."""
-    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    return tensor.dtype is torch.float32 and tensor.is_cpu and plain and not (grads and tensor.requires_grad)
+    """Not so for tensors that want a gradient."""
+    return readable(tensor) and not (grads and tensor.requires_grad)
 
 
 def _products(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
