@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from .kernels.provider import Target
 from .layers.channels import ffn_flops, init_ffn, make_ffn
 from .layers.init import draw_normal
-from .layers.linear import serve
 from .layers.moe import MoE, Routing
 from .layers.norm import Norm, make_norm
+from .layers.serve import serve
 from .mixers import Mixer, in_chunks, make_mixer
 from .segments import Segments
 from .spec import LayerSpec, StackSpec
@@ -36,13 +36,13 @@ class Block(nn.Module):
         self.dropout, self.init, self.checkpointing = hints.dropout, hints.init, hints.checkpointing
         self.mixer: Mixer[LayerState] = make_mixer(layer.mixer, stack, target)
         self.ffn = make_ffn(layer.ffn, width, layer.hidden)
-        serve(self.ffn, target)
         one_norm = self.ffn is None or layer.residual.type == "parallel"
         sandwich = layer.norm.position == "sandwich"
         self.mixer_norm = make_norm(layer.norm, width)
         self.mixer_out_norm = make_norm(layer.norm, width) if sandwich else None
         self.ffn_norm = None if one_norm else make_norm(layer.norm, width)
         self.ffn_out_norm = make_norm(layer.norm, width) if sandwich and not one_norm else None
+        self.choices = dict.fromkeys((*self.mixer.choices, *serve(self, target)))
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
         if self.checkpointing == "block" and self.training and torch.is_grad_enabled():

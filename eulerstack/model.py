@@ -17,6 +17,7 @@ from .kernels.provider import Target
 from .kernels.select import check_name, select
 from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
+from .layers.serve import serve
 from .multitoken import Ahead, later, later_targets
 from .segments import IGNORED, Segments
 from .spec import MoEFFNSpec, StackSpec, ahead, dump, expand
@@ -43,6 +44,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleDict({str(layer.index): Block(layer, spec, target) for layer in own})
         self.norm = make_norm(self.plan[-1].norm, width)
         self.head = None if spec.tied else nn.Linear(width, vocab, bias=False)
+        serve(self.norm, target)
         self.linear = select("linear", target).kernels
         self.ahead = nn.ModuleList(Ahead(plan, self.plan[-1].norm, spec, target) for plan in ahead(spec))
 

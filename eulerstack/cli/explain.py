@@ -50,7 +50,7 @@ def _tree(spec: StackSpec, cost: Estimate) -> Tree:
     for line in _after(spec, cost):
         tree.add(escape(line))
     kernels = tree.add("kernels")
-    for choice in dict.fromkeys(c[:2] + c[3:] for block in cost.stack.blocks for c in block.mixer.choices):
+    for choice in dict.fromkeys(c[:2] + c[3:] for block in cost.stack.blocks for c in block.choices):
         kernels.add(escape("{}: {} ({})".format(*choice)))
     return tree
 

@@ -3,7 +3,7 @@
 import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -12,10 +12,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from .shapes import has_memory
+from .provider import Target, on_cpu
+from .shapes import has_memory, is_plain
 
 Loop = Callable[..., Any]
 
@@ -37,19 +39,19 @@ def spread(loop: Loop, count: int, *rest: Any) -> None:
         return
     shares = max(1, min(torch.get_num_threads(), count))
     *others, mine = pairwise([count * i // shares for i in range(shares + 1)])
-    waiting = [_threads().submit(loop, *share, *rest) for share in others]
+    waiting = [_pool().submit(loop, *share, *rest) for share in others]
     loop(*mine, *rest)
     for share in waiting:
         share.result()
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def _pool() -> ThreadPoolExecutor:
     """Python's threads, because Numba's own abort a process that forks, or one that calls from two threads."""
     return ThreadPoolExecutor(os.cpu_count(), "eulerstack")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 @cache
@@ -65,6 +67,53 @@ def openmp() -> Any:
         return None
     run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return run
+
+
+def openmp_refuses(target: Target, **needs: Any) -> str | None:
+    """The answer of kernels for few rows of float32 on PyTorch's own threads."""
+    if on_cpu(target):
+        return on_cpu(target)
+    if target.dtype != torch.float32:
+        return "computes in float32 only"
+    return "finds no GNU OpenMP behind this PyTorch" if openmp() is None else None
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether these are float32 on a CPU, want no gradient, and stand for no others, such as a shard's."""
+    grads = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not is_plain(tensor) or (grads and tensor.requires_grad):
+            return False
+    return not torch.compiler.is_compiling()
+
+
+@cache
+def shared(function: Loop) -> int:
+    """The address of a C function of one argument, pointers: to sizes (int64), then to the numbers of tensors.
+
+    Compiled when first asked for. Every thread runs it, for its own `this_share`.
+    """
+    signature = types.void(types.CPointer(types.voidptr))
+    made: Any = numba.cfunc(signature, fastmath=FAST_MATH, error_model="numpy", cache=True)(function)
+    return int(made.address)
+
+
+def on_openmp(function: int, tensors: Sequence[Tensor], sizes: Sequence[int], threads: int) -> None:
+    """Run a `shared` function on the numbers of contiguous tensors, and wait for it."""
+    given = (ctypes.c_int64 * len(sizes))(*sizes)
+    pointers = (ctypes.c_void_p * (1 + len(tensors)))(ctypes.addressof(given), *[t.data_ptr() for t in tensors])
+    openmp()(function, pointers, threads, 0)
+
+
+@compiled
+def this_share(count: Any) -> Any:
+    """begin and end of the part of 0 .. count - 1 that is this thread's."""
+    this, threads = _thread(), _threads()
+    return count * this // threads, count * (this + 1) // threads
+
+
+_thread: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+_threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 
 def view(*tensors: Tensor) -> list[Any]:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 from .provider import Provider, Target
 
 PROVIDERS: dict[str, tuple[str, ...]] = {
-    "attention": ("torch", "flash_attn"),
+    "attention": ("numba", "torch", "flash_attn"),
     "conv": ("numba", "torch", "causal_conv1d"),
     "linear": ("numba", "onednn", "torch"),
     "long_conv": ("torch",),
+    "norm": ("numba", "torch"),
     "wkv": ("torch",),
     "retention": ("numba", "torch", "fla"),
     "selective_scan": ("numba", "torch", "mamba_ssm"),

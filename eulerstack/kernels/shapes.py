@@ -10,6 +10,6 @@ def has_memory(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor)
 
 
-def readable(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether it is float32 in this machine's memory; tensors that stand for others, such as a shard's, are not."""
     return tensor.dtype is torch.float32 and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)

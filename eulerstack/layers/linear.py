@@ -1,4 +1,4 @@
-"""Linear layers whose product is an operation: its kernels are chosen when the stack is built."""
+"""Linear layers by kernels that are chosen when the stack is built."""
 
 from collections.abc import Sequence
 
@@ -6,27 +6,18 @@ from torch import Tensor, nn
 
 from ..kernels.linear import FEW, rows
 from ..kernels.linear import torch as reference
-from ..kernels.provider import Kernel, Target
-from ..kernels.select import Choice, select
+from .serve import Served
 
 
-class Linear(nn.Linear):
-    """nn.Linear by the kernels that `serve` gave it; PyTorch's until then."""
+class Linear(nn.Linear, Served):
+    """nn.Linear whose product is an operation."""
 
-    ops: Kernel = staticmethod(reference.linear)
+    operation = "linear"
+    ops = staticmethod(reference.linear)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.ops(x, (self.weight,), (self.bias,))
         return y
-
-
-def serve(module: nn.Module | None, target: Target) -> tuple[Choice, ...]:
-    """Give all linear layers of a module their kernels; the choice, if there are any."""
-    layers = [m for m in module.modules() if isinstance(m, Linear)] if module is not None else []
-    choice = select("linear", target)
-    for layer in layers:
-        layer.ops = choice.kernels
-    return (choice,) if layers else ()
 
 
 def joined(x: Tensor, layers: Sequence[Linear]) -> Tensor:

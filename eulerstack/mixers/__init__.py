@@ -5,7 +5,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from ..kernels.provider import Target
-from ..layers.linear import serve
+from ..layers.serve import serve
 from ..spec import (
     AttentionSpec,
     BranchedSpec,

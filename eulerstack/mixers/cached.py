@@ -109,8 +109,12 @@ class CachedAttention(Mixer[R], Generic[R]):
 
     def _written(self, state: R, new: Entries, segments: Segments) -> R:
         """The caches with the tokens of each row's last document in their slots."""
-        fresh = iter(new)
-        return state.map(lambda cache: written(cache, next(fresh), segments))
+        caches = list(state.tensors().values())
+        after = [written(cache, entry, segments) for cache, entry in zip(caches, new, strict=True)]
+        if all(a is b for a, b in zip(after, caches, strict=True)):
+            return state  # written in place
+        fresh = iter(after)
+        return state.map(lambda _: next(fresh))
 
     def _slots(self, max_tokens: int, rollback: int) -> tuple[int, int | None]:
         """How many slots the cache has, and its window: one too short for the window holds every token."""

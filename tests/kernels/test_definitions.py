@@ -6,10 +6,10 @@ from torch import Tensor
 from eulerstack.kernels.attention import Logits
 from eulerstack.kernels.attention import torch as attention
 from eulerstack.kernels.conv import torch as conv
+from eulerstack.kernels.norm.torch import rms_norm
 from eulerstack.kernels.retention import torch as retention
 from eulerstack.kernels.ssd import torch as ssd
 from eulerstack.layers.ffn import swiglu
-from eulerstack.layers.norm import rms_norm
 from eulerstack.layers.rope import Rope, phases, rotate
 from eulerstack.mixers.retention import log_gamma
 from eulerstack.segments import Segments

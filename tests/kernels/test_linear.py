@@ -15,12 +15,14 @@ from eulerstack.kernels.linear import FEW
 from eulerstack.kernels.linear import torch as reference
 from eulerstack.kernels.provider import Target
 from eulerstack.kernels.select import select
-from eulerstack.layers.linear import Linear, beside, joined, serve
+from eulerstack.layers.linear import Linear, beside, joined
+from eulerstack.layers.serve import serve
 
 from ..conftest import close
 
 pytest.importorskip("numba")
 
+from eulerstack.kernels import compiled
 from eulerstack.kernels.compiled import openmp
 from eulerstack.kernels.linear import numba as fast
 
@@ -124,7 +126,7 @@ def test_by_name_and_by_itself() -> None:
 
 
 def test_without_openmp_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "openmp", lambda: None)
+    monkeypatch.setattr(compiled, "openmp", lambda: None)
     assert select("linear", Target()).provider != "numba"
     assert "OpenMP" in select("linear", Target()).reason
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..provider import Provider, Target, on_cpu
-from ..shapes import readable
+from ..shapes import is_plain
 from . import FEW, rows
 from . import torch as reference
 
@@ -31,7 +31,7 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 
 def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
     many = x.numel() > LEAST and rows(x) > FEW
-    fits = many and readable(x) and all(readable(w) and w.shape[-1] == x.shape[-1] for w in weights)
+    fits = many and is_plain(x) and all(is_plain(w) and w.shape[-1] == x.shape[-1] for w in weights)
     return fits and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 

@@ -15,7 +15,8 @@ from ...segments import Segments
 from ..compiled import compiled, exp, spread, view
 from ..precision import without_autocast
 from ..provider import Forms, Provider, on_cpu
-from .torch import decays_of, in_spans, parallel, recurrent
+from .step import recurrent
+from .torch import decays_of, in_spans, parallel
 
 
 @without_autocast

@@ -38,9 +38,7 @@ def recurrent(
     heads = v.shape[2]
     q, k = (t[:, 0].to(state.dtype).repeat_interleave(heads // t.shape[2], dim=1) for t in (q, k))
     fed = segments.mask(v)[:, 0].to(state.dtype)
-    decay = _per_token(log_decay, 1, segments)[:, 0].exp().to(state.dtype)
-    if not segments.plain:
-        decay = decay * (segments.running == 0)
+    decay = decay_of_one(log_decay, state.dtype, segments)
     state = state * decay[..., None, None] + k[..., :, None] * fed[..., None, :]
     y = segments.mask((q[..., None, :] @ state)[:, None, :, 0])
     return y, state
@@ -154,6 +152,12 @@ def _visible(segments: Segments, size: int, device: torch.device) -> Tensor:
     label = segments.label.unflatten(1, (-1, size))
     same: Tensor = (label[..., :, None] == label[..., None, :])[:, :, None]
     return visible & same
+
+
+def decay_of_one(log_decay: Tensor, dtype: torch.dtype, segments: Segments) -> Tensor:
+    """[B or 1, H], what one token leaves of the state: nothing where it begins a document."""
+    decay = _per_token(log_decay, 1, segments)[:, 0].exp().to(dtype)
+    return decay if segments.plain else decay * (segments.running == 0)
 
 
 def _per_token(log_decay: Tensor, tokens: int, segments: Segments) -> Tensor:

@@ -5,7 +5,8 @@ from torch import Tensor
 from ...segments import Segments
 from ..provider import Forms, Provider, on_cpu
 from ..retention import numba as retention
-from .torch import parallel, recurrent, retained
+from ..retention.step import recurrent as step
+from .torch import parallel, retained
 
 
 def chunkwise(
@@ -13,6 +14,14 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """T tokens that continue `state`, in chunks of at most `chunk_size`. Returns y [B, T, H, P] and the state."""
     y, state = retention.chunkwise(C, B, *retained(x, dt, A), state.mT, segments, chunk_size)
+    return y, state.mT
+
+
+def recurrent(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """One token (T = 1) that continues `state`. Returns y [B, 1, H, P] and the state after it."""
+    y, state = step(C, B, *retained(x, dt, A), state.mT, segments)
     return y, state.mT
 
 
