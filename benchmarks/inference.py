@@ -179,7 +179,7 @@ def prompts(rounds: int, tokens: int = 4096) -> list[str]:
                 prefill(stack, ids.tolist())
 
         steps = {"prefill": read, "forward": lambda stack=stack, ids=ids: stack.losses(ids, ids)}
-        quickest = {key: min(taken) for key, taken in interleaved(steps, max(3, rounds // 10)).items()}
+        quickest = {key: min(taken) for key, taken in interleaved(steps, max(8, rounds // 4)).items()}
         rates = [tokens / quickest[key] for key in ("prefill", "forward")]
         lines.append(f"| {name} | {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[0] / rates[1]:.2f} |")
     return lines
