@@ -5,18 +5,21 @@ over those tensors. A state handed to `chunkwise` or `recurrent` is consumed: us
 """
 
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, ClassVar, Protocol, Self
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 class LayerState:
@@ -329,30 +332,29 @@ class StackState:
     def to(self, device: torch.device | str) -> "StackState":
         return self.map(lambda t: t.to(device))
 
-    def save(self, path: str | Path, model: Stateful) -> None:
-        """Write a safetensors file that names the spec and the weights the state belongs to."""
+    def save(self, path: str | Path, model: Stateful, **more: Tensor) -> None:
+        """Write a safetensors file that names the spec and the weights the state belongs to, whole or not at all.
+
+        Of what is indexed by position it holds the slots in use. `more`: tensors to keep beside the state.
+        Raises OSError where it cannot be written; what was there before stays.
+        """
+        longest = int(self.length.max()) if self.batch else 0
+        named = {**self.span(0, longest), **self.rest(), "length": self.length, "reach": self.reach, **more}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
         header = {
             "format": FORMAT,
             "model": model.fingerprint(),
             "batch": self.batch,
-            "bound": self.bound,
             "max_tokens": self.max_tokens,
             "rollback": self.rollback_limit,
+            "sums": {name: _checksum(tensor) for name, tensor in tensors.items()},
         }
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self._views().items()}
-        save_file(tensors, str(path), metadata={"eulerstack": json.dumps(header)})
+        _write(Path(path), tensors, {"eulerstack": json.dumps(header)})
 
     @staticmethod
     def load(path: str | Path, model: Stateful) -> "StackState":
         """Read what `save` wrote; raises ValueError for another model's state or a file that is none."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = _header(path, file.metadata(), model)
-                state = model.init_state(header["batch"], header["max_tokens"], rollback=header["rollback"])
-                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                return state._filled(named, header["bound"])
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a saved state: {error}") from error
+        return Saved.open(path, model).made(model)
 
     def _rows(self, rows: Tensor | Sequence[int]) -> Tensor:
         """Row numbers as [n] int64; raises ValueError for masks, fractions and rows that are not there."""
@@ -373,12 +375,6 @@ class StackState:
                     f"cannot {act} rows of another form: {name} is {there} and not {here}; make both of one model with "
                     f"init_state(max_tokens={self.max_tokens}, rollback={self.rollback_limit})"
                 )
-
-    def _filled(self, named: dict[str, Tensor], bound: int) -> "StackState":
-        with torch.no_grad():
-            for name, tensor in self._views().items():
-                tensor.copy_(named[name])
-        return replace(self, bound=bound)
 
     def _views(self) -> dict[str, Tensor]:
         return {**self._layers(), "length": self.length, "reach": self.reach}
@@ -458,6 +454,92 @@ def _why_not(layer: LayerState, tokens: int) -> str:
         f"keeps {kinds} state, a running sum that cannot be cropped; step the model through "
         "eulerstack.inference.tape.Tape, which goes back exactly, or take a snapshot() before and restore() it"
     )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `StackState.save` wrote. tensors: the state's and those beside it, read where the file is mapped."""
+
+    path: Path
+    batch: int
+    max_tokens: int
+    rollback_limit: int
+    tensors: dict[str, Tensor]
+
+    @staticmethod
+    def open(path: str | Path, model: Stateful) -> "Saved":
+        """Raises ValueError for a file that is none, is damaged, or holds another model's state."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = _header(path, file.metadata(), model)
+                tensors = {name: file.get_tensor(name) for name in header["sums"]}
+            damaged = [name for name, tensor in tensors.items() if _checksum(tensor) != header["sums"][name]]
+            saved = Saved(Path(path), header["batch"], header["max_tokens"], header["rollback"], tensors)
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a saved state: {error}") from error
+        if damaged:
+            raise ValueError(f"{path} is damaged: {damaged[0]} is not what was saved")
+        return saved
+
+    def made(self, model: Stateful, max_tokens: int | None = None) -> StackState:
+        """A state of its own, with room for `max_tokens` (as it was saved by default)."""
+        return self.into(model.init_state(self.batch, max_tokens or self.max_tokens, rollback=self.rollback_limit))
+
+    def into(self, state: StackState) -> StackState:
+        """An empty state with the saved values, in its own memory. Raises ValueError where they do not fit."""
+        with torch.no_grad():
+            for mine, theirs in self.fitted(state):
+                mine.copy_(theirs)
+        return replace(state, bound=self.longest)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.tensors["length"].max()) if self.batch else 0
+
+    def fitted(self, state: StackState) -> list[tuple[Tensor, Tensor]]:
+        """The state's tensors beside the saved ones; raises ValueError where these do not fit.
+
+        They may have other numbers of slots: up to the longest row, the token at position p is in slot p of both.
+        """
+        longest, pairs = self.longest, []
+        if state.batch != self.batch or (state.bounded and longest > state.max_tokens):
+            here = f"there is room for {state.batch} of {state.max_tokens}"
+            raise ValueError(f"{self.path} holds {self.batch} rows of up to {longest} tokens, and {here}")
+        for name, mine in state._views().items():
+            theirs = self.tensors[name]
+            slots = slice(None) if mine.shape == theirs.shape else (slice(None), slice(longest))
+            if mine[slots].shape != theirs[slots].shape or mine.dtype != theirs.dtype:
+                raise ValueError(f"{self.path} holds {name} in another form; it was saved for another rollback")
+            pairs.append((mine[slots], theirs[slots]))
+        return pairs
+
+
+def _checksum(tensor: Tensor) -> int:
+    return crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Beside its place first, and moved there when it is on the disk: what is there is always whole."""
+    part = path.with_name(f".{path.name}.{token_hex(4)}.part")
+    try:
+        save_file(tensors, str(part), metadata)
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's data, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _header(path: str | Path, metadata: dict[str, str] | None, model: Stateful) -> dict[str, Any]:

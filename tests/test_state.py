@@ -1,13 +1,16 @@
 """StackState: fork, snapshot, rollback, save."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import eulerstack as es
 from eulerstack.segments import Segments
+from eulerstack.state import Saved
 
 from .conftest import close
 from .inference.test_tape import KINDS, stack_of, told
@@ -261,3 +264,35 @@ def test_slots_of_positions_and_the_rest_are_the_whole_state(build_mini: Build) 
     assert sum(t.nbytes for t in (*state.span(0, 20).values(), *rest.values())) == state.nbytes()
     hyena = es.build(es.load("every_mixer_mini")).init_state(1, 9)
     assert any(name.endswith(".inputs") for name in hyena.span(0, 9))
+
+
+def test_saved_files_hold_what_is_in_use_and_are_whole(build_mini: Build, tmp_path: Path) -> None:
+    model, file = build_mini(torch.float32), tmp_path / "state.safetensors"
+    with torch.no_grad():
+        _, state = model.chunkwise(torch.randint(0, 256, (2, 20)), model.init_state(2, 200))
+    state.save(file, model, beside=torch.arange(3))
+    saved = Saved.open(file, model)
+    used = model.init_state(2, 20).nbytes()
+    assert sum(t.nbytes for t in saved.tensors.values()) == used + 2 * 2 * 8 + 3 * 8
+    assert saved.tensors["beside"].tolist() == [0, 1, 2] and saved.made(model).nbytes() == state.nbytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    with pytest.raises(OSError, match="cannot be written"):
+        state.save(tmp_path / "nowhere" / "state.safetensors", model)
+    for other in (model.init_state(1, 200), model.init_state(2, 19)):
+        with pytest.raises(ValueError, match="holds 2 rows of up to 20 tokens"):
+            saved.into(other)
+    with pytest.raises(ValueError, match="another rollback"):
+        saved.into(model.init_state(2, 200, rollback=3))
+
+
+def test_files_of_another_format_are_refused(build_mini: Build, tmp_path: Path) -> None:
+    model, file = build_mini(), tmp_path / "state.safetensors"
+    save_file({"length": torch.zeros(1)}, str(file), {"eulerstack": json.dumps({"format": 1})})
+    with pytest.raises(ValueError, match="has state format 1; this version reads 2"):
+        es.StackState.load(file, model)
+    save_file({"length": torch.zeros(1)}, str(file), {"eulerstack": "{"})
+    with pytest.raises(ValueError, match="is not a saved state"):
+        es.StackState.load(file, model)
+    save_file({"length": torch.zeros(1)}, str(file))
+    with pytest.raises(ValueError, match="not a state saved by eulerstack"):
+        es.StackState.load(file, model)

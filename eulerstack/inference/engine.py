@@ -10,17 +10,21 @@ from torch import Tensor
 
 from ..model import Stack
 from ..segments import Segments
-from ..state import StackState
+from ..state import Saved, StackState
 from .generate import PREFILL, check_prompts
 from .prefix import PrefixStore
 from .sampling import Sampler, Sampling, Token, told
+from .sessions import Sessions
 
 
 @dataclass(eq=False)
 class Request:
     """A prompt to go on from. `tokens` grows with the steps until `finished` says why no more will come.
 
-    scores: with `echo`, the prompt's tokens as the model saw them coming, the first of them with nothing before it.
+    scores: with `echo`, the prompt's tokens as the model saw them coming; not the first, where nothing comes before it.
+    session: the conversation that it is a turn of. text: all that was said before, and the prompt; its state has read
+    `read` tokens of it. parked: the state to go on from, until it is in a slot. unparked: why the last one is not on
+    the disk.
     """
 
     prompt: list[int]
@@ -31,7 +35,16 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     scores: list[Token] = field(default_factory=list)
     finished: str | None = None
+    session: str | None = None
+    text: list[int] = field(default_factory=list)
     read: int = 0
+    parked: Saved | None = None
+    unparked: OSError | None = None
+
+    @property
+    def opens(self) -> bool:
+        """Whether nothing was said before the prompt."""
+        return len(self.text) == len(self.prompt)
 
     @property
     def length(self) -> int:
@@ -46,7 +59,8 @@ class Engine:
     waits for the other. Prompts are read alone, in chunks that begin at multiples of `prefill`, and steps always have
     all slots: what a request gets does not depend on the others (its slot's place may round differently). A prompt
     that begins like an earlier one goes on from what the store `prefixes` kept of it, to the bit as if it were read;
-    with `echo` it is read, for its scores.
+    with `echo` it is read, for its scores. A turn of a session goes on from the state in which the last one was
+    parked; chunks still end at multiples of `prefill`.
     """
 
     def __init__(
@@ -57,14 +71,16 @@ class Engine:
         budget: int | None = None,
         prefill: int = PREFILL,
         prefix_bytes: int | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
         """`budget`: bytes that the slots' states may take; fewer slots are made where it does not hold them all.
 
-        `prefix_bytes`: those that the store of prefixes may take beside them; there is none by default.
+        `prefix_bytes`: those that the store of prefixes may take beside them; there is none by default. `sessions`:
+        where conversations are parked.
         """
         if slots < 1 or prefill < 1:
             raise ValueError(f"slots = {slots} or prefill = {prefill} is too small: give 1 or more")
-        self.model, self.prefill = model, prefill
+        self.model, self.prefill, self.sessions = model, prefill, sessions
         self.fresh = model.init_state(1, max_tokens)
         each = self.fresh.nbytes()
         self.slots = slots if budget is None or not each else min(slots, budget // each)
@@ -85,18 +101,39 @@ class Engine:
         *,
         stop: Collection[int] = (),
         echo: bool = False,
+        session: str | None = None,
         **rules: Any,
     ) -> Request:
-        """Queue a prompt; rules are Sampling's. Raises ValueError for what can never be served."""
+        """Queue a prompt; rules are Sampling's. Raises ValueError for what can never be served.
+
+        `session`: the id of a conversation. The prompt goes on from what is parked under it, and what the request ends
+        with is parked there, unless it is cancelled.
+        """
         check_prompts(self.model, [list(prompt)], max_new_tokens)
-        if self.state.bounded and len(prompt) + max_new_tokens > self.state.max_tokens:
+        request = Request(list(prompt), max_new_tokens, Sampling(**rules), frozenset(stop), echo, session=session)
+        before, request.parked = self._before(session)
+        request.text = [*before, *prompt]
+        if self.state.bounded and len(request.text) + max_new_tokens > self.state.max_tokens:
             raise ValueError(
-                f"{len(prompt)} tokens of prompt and max_new_tokens = {max_new_tokens} are more than the "
+                f"{len(request.text)} tokens of prompt and max_new_tokens = {max_new_tokens} are more than the "
                 f"{self.state.max_tokens} tokens of a slot; shorten them, or raise max_tokens"
             )
-        request = Request(list(prompt), max_new_tokens, Sampling(**rules), frozenset(stop), echo)
         self.waiting.append(request)
         return request
+
+    def _before(self, session: str | None) -> tuple[list[int], Saved | None]:
+        """What was said in a session, and the state of it; raises ValueError where no turn can follow now."""
+        if session is None:
+            return [], None
+        if self.sessions is None:
+            raise ValueError(f"session = {session!r} has no place: make the engine with sessions=Sessions(...)")
+        if any(request.session == session for request in (*self.waiting, *self.active.values())):
+            raise ValueError(f"session = {session!r} has a request that has not ended: wait for it, or cancel it")
+        if session not in self.sessions:
+            return [], None
+        tokens, parked = self.sessions.open(session)
+        parked.fitted(self.fresh)
+        return tokens, parked
 
     def cancel(self, request: Request) -> None:
         """No more tokens for it; its slot is free for the next."""
@@ -122,24 +159,26 @@ class Engine:
                 self.active[slot] = request
                 self.reading.append(slot)
                 self.state = self.state.put([slot], self.fresh)
-                if self.prefixes is not None and not request.echo:
-                    request.read = self.prefixes.fill(request.prompt, self._row(slot))
-                self.sampler.put(slot, request.rules, request.prompt)
+                if request.parked is not None:
+                    request.read, request.parked = request.parked.into(self._row(slot)).bound, None
+                elif self.prefixes is not None and request.opens and not request.echo:
+                    request.read = self.prefixes.fill(request.text, self._row(slot))
+                self.sampler.put(slot, request.rules, request.text)
 
     def _read_chunk(self) -> list[Request]:
         """The next chunk of the prompt whose turn it is; its first token if that was the last chunk."""
         slot = self.reading.popleft()
         request = self.active[slot]
-        end = min(len(request.prompt), (request.read // self.prefill + 1) * self.prefill)
-        part = self._ids([request.prompt[request.read : end]])
+        end = min(len(request.text), (request.read // self.prefill + 1) * self.prefill)
+        part = self._ids([request.text[request.read : end]])
         logits, row = self.model.chunkwise(part, replace(self._row(slot), bound=request.read))
         self.state = self.state.put([slot], row)
-        if self.prefixes is not None and end % self.prefill == 0:
-            self.prefixes.add(request.prompt[:end], row)
+        if self.prefixes is not None and request.opens and end % self.prefill == 0:
+            self.prefixes.add(request.text[:end], row)
         if request.echo:
             self._score(request, logits[0])
         request.read = end
-        if end < len(request.prompt):
+        if end < len(request.text):
             self.reading.append(slot)
             return []
         self._take(request, self.sampler(logits[:, -1], [slot])[0])
@@ -174,15 +213,27 @@ class Engine:
             self.waiting.remove(request)
         for slot, owner in list(self.active.items()):
             if owner is request:
+                if why != "cancelled":
+                    self._park(slot, request)
                 del self.active[slot]
                 self.sampler.put(slot, Sampling(temperature=0))
                 if slot in self.reading:
                     self.reading.remove(slot)
 
+    def _park(self, slot: int, request: Request) -> None:
+        """Keep what a turn ends with; its last token was not read, and is the first that the next turn reads."""
+        if self.sessions is None or request.session is None:
+            return
+        try:
+            self.sessions.park(request.session, self._row(slot), [*request.text, *request.tokens])
+        except OSError as error:  # a full disk ends no one else's answer
+            request.unparked = error
+
     def _score(self, request: Request, logits: Tensor) -> None:
         """How likely the model found each token of the prompt that follows one of this chunk [T, V]."""
         scores, count = logits.float().log_softmax(-1), request.rules.logprobs or 0
-        for token, row in zip(request.prompt[request.read + 1 :], scores, strict=False):
+        skip = max(0, len(request.text) - len(request.prompt) - request.read - 1)  # of what was said before
+        for token, row in zip(request.text[request.read + 1 + skip :], scores[skip:], strict=False):
             request.scores.append(told(token, row, count))
 
     def _row(self, slot: int) -> StackState:
