@@ -92,6 +92,18 @@ def test_rules_and_scores_know_what_was_said_before(build_mini: Build, tmp_path:
     close(scores[0], scores[1], 1e-6)
 
 
+def test_several_tokens_may_have_been_left_to_read(build_mini: Build, tmp_path: Path) -> None:
+    model, said, prompt = build_mini(), drawn(18), drawn(12, 1)
+    sessions = Sessions(tmp_path, model)
+    with torch.no_grad():
+        sessions.park("talk", model.chunkwise(torch.tensor([said[:13]]), model.init_state(1, 40))[1], said)
+    engine = Engine(model, slots=1, max_tokens=120, prefill=16, sessions=sessions)
+    got, whole = (turn(engine, p, session=s, echo=True) for p, s in ((prompt, "talk"), ([*said, *prompt], None)))
+    assert got.tokens == whole.tokens and [int(token) for token in got.scores] == prompt
+    scores = [torch.tensor([t.logprob for t in r.scores[-12:]]) for r in (got, whole)]
+    close(scores[0], scores[1], 1e-6)
+
+
 def test_a_stop_parks_and_a_cancelled_turn_leaves_what_was(build_mini: Build, tmp_path: Path) -> None:
     model = build_mini()
     engine = Engine(model, slots=1, max_tokens=120, prefill=16, sessions=Sessions(tmp_path, model))
