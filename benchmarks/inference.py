@@ -11,6 +11,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 import eulerstack as es
 from eulerstack.inference.engine import Engine
 from eulerstack.inference.generate import prefill
+from eulerstack.inference.sessions import Sessions
 from eulerstack.layers.linear import Linear
 
 from .peers import MODELS, OURS, VOCAB
@@ -197,6 +199,64 @@ def long_contexts(rounds: int, long: int = 100_000) -> list[str]:
     return lines
 
 
+def shared_prefixes(rounds: int, shared: int = 2000) -> list[str]:
+    """Time to the first token of prompts that share 2,000 tokens and differ in 20, with and without the store.
+
+    Reading goes on from the last multiple of `prefill` that prompts share, so that smaller chunks reuse more.
+    """
+    lines = ["| stack | prefill | ms without the store | ms with it | times as fast | bytes kept |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in ("attention", "retnet", "tri"):
+        stack = small(name)
+        for chunk in (64, 128, 512):
+            stored = Engine(stack, 4, 2048, prefill=chunk, prefix_bytes=1 << 30)
+            steps = {
+                "read": _first_token(Engine(stack, 4, 2048, prefill=chunk), shared),
+                "reused": _first_token(stored, shared),
+            }
+            quickest = {key: 1e3 * min(taken) for key, taken in interleaved(steps, max(5, rounds // 4)).items()}
+            assert stored.prefixes is not None
+            cells = [f"{quickest['read']:.0f}", f"{quickest['reused']:.1f}"]
+            cells.append(f"{quickest['read'] / quickest['reused']:.1f}")
+            lines.append(f"| {name} | {chunk} | {' | '.join(cells)} | {stored.prefixes.bytes:,} |")
+    return lines
+
+
+def _first_token(serving: Engine, shared: int) -> Step:
+    common = torch.randint(0, VOCAB, (shared,)).tolist()
+
+    def step() -> None:
+        request = serving.submit([*common, *torch.randint(0, VOCAB, (20,)).tolist()], 2, temperature=0)
+        while not request.tokens:
+            serving.step()
+        serving.cancel(request)
+
+    return step
+
+
+def parked_sessions(rounds: int) -> list[str]:
+    """A conversation resumed from its file, beside reading that file."""
+    lines = ["| stack | tokens | bytes of the file | ms to resume | ms to read the file | ms to park |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, tokens in (("retnet", 100_000), ("mamba2", 100_000), ("tri", 32_000)):
+        stack = small(name)
+        with TemporaryDirectory() as folder:
+            sessions, state = Sessions(folder, stack), stack.init_state(1)
+            state.length.fill_(tokens)
+            said = torch.randint(0, VOCAB, (tokens + 1,)).tolist()
+            sessions.park("talk", state, said)
+            file = Path(folder) / "talk.safetensors"
+            steps: dict[str, Step] = {
+                "resume": lambda sessions=sessions: sessions.resume("talk"),
+                "read": file.read_bytes,
+                "park": lambda sessions=sessions, state=state, said=said: sessions.park("talk", state, said),
+            }
+            quickest = {key: 1e3 * min(taken) for key, taken in interleaved(steps, max(5, rounds // 4)).items()}
+            cells = " | ".join(f"{quickest[key]:.2f}" for key in ("resume", "read", "park"))
+            lines.append(f"| {name} | {tokens:,} | {file.stat().st_size:,} | {cells} |")
+    return lines
+
+
 def memory(rounds: int) -> list[str]:
     """Bytes that a state takes, and that `estimate` says; nothing is timed."""
     lines = ["| stack | batch | tokens | bytes of state | of the estimate |", "|---|---|---|---|---|"]
@@ -219,6 +279,8 @@ SECTIONS: dict[str, Section] = {
     "The engine: 16 requests over one": engine,
     "Prefill of 4,096 tokens over the training forward": prompts,
     "A token after 100,000 tokens over one after 100": long_contexts,
+    "A shared prefix of 2,000 tokens": shared_prefixes,
+    "A session that rests on disk": parked_sessions,
     "The state's memory": memory,
 }
 """What is measured, in the order of the report. A shared prefix's time to first token joins with the prefix store."""

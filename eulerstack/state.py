@@ -282,6 +282,8 @@ class StackState:
             raise ValueError(f"cannot put a state of {other.batch} rows into {len(index)}: give a row for each")
         with torch.no_grad():
             for mine, theirs in zip(self._views().values(), other._views().values(), strict=True):
+                if len(index) == 1 and theirs.is_set_to(mine[int(index) : int(index) + 1]):
+                    continue  # that very row, written in place
                 shared = theirs.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()  # rows of this state
                 mine.index_copy_(0, index, (theirs.clone() if shared else theirs).to(mine.dtype))
         return replace(self, bound=max(self.bound, other.bound))
