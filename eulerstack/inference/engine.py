@@ -75,8 +75,8 @@ class Engine:
     ) -> None:
         """`budget`: bytes that the slots' states may take; fewer slots are made where it does not hold them all.
 
-        `prefix_bytes`: those that the store of prefixes may take beside them; there is none by default. `sessions`:
-        where conversations are parked.
+        `prefix_bytes`: those that the store of prefixes may take beside them; there is none by default. Prompts share
+        whole chunks, so that a smaller `prefill` shares more. `sessions`: where conversations are parked.
         """
         if slots < 1 or prefill < 1:
             raise ValueError(f"slots = {slots} or prefill = {prefill} is too small: give 1 or more")
