@@ -411,7 +411,7 @@ class Snapshots:
 
     def begin(self, rows: Tensor) -> None:
         """These rows [n] begin a new document: no going back behind its start."""
-        for snapshot in self.kept:
+        for snapshot in self.kept if len(rows) else ():
             snapshot.update({name: t.index_fill(0, rows, 0) for name, t in snapshot.items()})
 
     def clear(self) -> None:

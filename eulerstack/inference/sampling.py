@@ -140,7 +140,8 @@ class Sampler:
         count = self.rules[row].logprobs
         if count is None:
             return ids
-        return [told(token, scores, count) for token, scores in zip(ids, logits.log_softmax(-1), strict=True)]
+        scores = logits.to(wide(logits.dtype)).log_softmax(-1)
+        return [told(token, one, count) for token, one in zip(ids, scores, strict=True)]
 
 
 def told(token: int, scores: Tensor, count: int) -> Token:

@@ -8,6 +8,7 @@ distribution p. Both are the distributions after the request's rules; greedy one
 import torch
 from torch import Tensor
 
+from ..kernels.precision import wide
 from ..model import Stack
 from ..segments import Segments
 from .sampling import Sampler
@@ -48,20 +49,19 @@ class Speculation:
 
         Also the tokens seen at each place, [B, 1 + G, V], where some row's rules ask for them.
         """
-        batch, places = tokens.shape
-        guessed = torch.zeros(batch, places, self.sample.vocab, device=tokens.device)
-        seen = None if self.sample.seen is None else self.sample.seen[:, None].repeat(1, places, 1)
-        for i in range(places):
+        dtype = wide(self.draft.model.embedding.weight.dtype)
+        guessed = torch.zeros(*tokens.shape, self.sample.vocab, dtype=dtype, device=tokens.device)
+        seen = None if self.sample.seen is None else self.sample.seen[:, None].repeat(1, tokens.shape[1], 1)
+        for i in range(tokens.shape[1]):
             logits = self.draft.recurrent(tokens[:, i : i + 1], _placed(real[:, i : i + 1]))[:, 0]
             rows = real[:, i + 1 : i + 2].nonzero()[:, 0].tolist()
-            if rows:
-                shares = self.sample.shares(logits[rows], rows, None if seen is None else seen[rows, i])
-                guessed = guessed.to(shares.dtype)
-                guessed[rows, i], tokens[rows, i + 1] = shares, self.sample.draw(shares, rows)
-                if seen is not None:
-                    seen[rows, i + 1 :] |= torch.nn.functional.one_hot(tokens[rows, i + 1], self.sample.vocab).bool()[
-                        :, None
-                    ]
+            if not rows:
+                continue  # the draft takes its last guess too: it then stands where the model does
+            guessed[rows, i] = self.sample.shares(logits[rows], rows, None if seen is None else seen[rows, i])
+            tokens[rows, i + 1] = self.sample.draw(guessed[rows, i], rows)
+            if seen is not None:
+                for row, token in zip(rows, tokens[rows, i + 1].tolist(), strict=True):
+                    seen[row, i + 1 :, token] = True
         return guessed, seen
 
     def _shares(self, logits: Tensor, seen: Tensor | None) -> Tensor:

@@ -11,11 +11,14 @@ from click.testing import CliRunner
 
 import eulerstack as es
 from eulerstack.cli.main import cli
-from eulerstack.inference.sampling import Token
+from eulerstack.inference.generate import prefill
+from eulerstack.inference.sampling import Sampler, Token
 from eulerstack.inference.speculation import Speculation
+from eulerstack.inference.tape import Tape
 
 from ..conftest import close
 from .test_generate import PROMPTS, recomputed, written
+from .test_tape import told
 
 Build = Callable[..., es.Stack]
 
@@ -77,10 +80,29 @@ def test_all_guesses_of_the_model_itself_are_kept(build_mini: Build, monkeypatch
         return ids
 
     monkeypatch.setattr(Speculation, "__call__", counted)
-    for rules in ({"temperature": 0}, {"temperature": 0.8, "top_k": 50, "seed": 0}, {"repetition_penalty": 1.3}):
+    greedy, drawn = {"temperature": 0, "repetition_penalty": 1e3}, {"temperature": 0.8, "top_k": 50, "seed": 0}
+    for rules in ({"temperature": 0}, drawn, greedy, {**drawn, "repetition_penalty": 20.0}):
         gained.clear()
         written(model, PROMPTS, 14, draft=model, ahead=4, **rules)
         assert gained == [[5, 5, 5], [5, 5, 5], [3, 3, 3]]
+
+
+def test_both_states_stand_before_the_last_token_after_each_round() -> None:
+    model, draft, prompts = small(0), small(1), [[1, 3, 0], [2]]
+    for stack in (model, draft):
+        stack.double()
+    sample = Sampler(2, 4, torch.device("cpu"))
+    with torch.no_grad():
+        tapes = [Tape(stack, prefill(stack, prompts, 28)[1], 4, keep=2) for stack in (model, draft)]
+        speculation, rows = Speculation(*tapes, sample), [[*prompt, 1] for prompt in prompts]
+        for guesses in ([3, 3], [2, 3], [3, -1], [0, 2], [3, 3]):
+            gained = speculation([row[-1] for row in rows], guesses)
+            rows = [row + new for row, new in zip(rows, gained, strict=True)]
+            last = torch.tensor([row[-1:] for row in rows])
+            for tape in tapes:
+                assert tape.state.length.tolist() == [len(row) - 1 for row in rows]
+                close(tape.recurrent(last), told(tape.model, [row[:-1] for row in rows], last), 1e-12)
+                tape.rollback(1)
 
 
 def small(seed: int, vocab: int = 4) -> es.Stack:

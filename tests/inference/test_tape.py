@@ -94,8 +94,10 @@ def test_rows_that_stay_stay_to_the_bit() -> None:
             assert torch.equal(tensor[[0, 2]], kept.tensors()[name][[0, 2]]), name
 
 
+@pytest.mark.parametrize(("back", "idle"), [(7, 1), (3, 0)])
 @pytest.mark.parametrize("name", KINDS)
-def test_padding_and_packed_documents(name: str) -> None:
+def test_padding_and_packed_documents(name: str, back: int, idle: int) -> None:
+    """The first row goes back to where its second document begins, or to 4 tokens behind that."""
     model, tokens = stack_of(name), torch.randint(0, 256, (4, 20))
     real = torch.ones(4, 20, dtype=torch.bool)
     real[1, :9] = False  # left padding
@@ -109,13 +111,14 @@ def test_padding_and_packed_documents(name: str) -> None:
         tape.chunkwise(opening)
         tape.chunkwise(tokens, Segments(real, document))
         assert tape.state.length.tolist() == [7, 14, 15, 3]
-        tape.rollback(torch.tensor([7, 4, 2, 1]))  # the first to where its second document begins
-        rows = [[], [*opening[1].tolist(), *tokens[1, 9:16].tolist()], [*opening[2].tolist(), *tokens[2, :10].tolist()]]
-        rows.append(opening[3, :2].tolist())
+        tape.rollback(torch.tensor([back, 4, 2, idle]))
+        rows = [tokens[0, 13 : 20 - back].tolist()]
+        rows += [[*opening[1].tolist(), *tokens[1, 9:16].tolist()], [*opening[2].tolist(), *tokens[2, :10].tolist()]]
+        rows.append(opening[3, : 3 - idle].tolist())
         more = torch.randint(0, 256, (4, 3))
         close(tape.chunkwise(more), told(model, rows, more), 1e-12)
         with pytest.raises(ValueError, match="the rows hold"):
-            tape.rollback(torch.tensor([4, 0, 0, 0]))
+            tape.rollback(torch.tensor([11 - back, 0, 0, 0]))
         fresh = Segments(carries=torch.tensor([False, True, True, True]))
         tape.chunkwise(tokens[:, :4], fresh)
         tape.rollback(2)
