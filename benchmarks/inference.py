@@ -10,8 +10,11 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,13 +24,14 @@ import eulerstack as es
 from eulerstack.inference.engine import Engine
 from eulerstack.inference.generate import prefill
 from eulerstack.inference.sessions import Sessions
+from eulerstack.inference.speculation import Speculation
 from eulerstack.layers.linear import Linear
 
 from .peers import MODELS, OURS, VOCAB
 from .timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "cpu_inference.md"
-LARGE, LARGER = "llm_0p1b_simple", "llm_0p8b_simple"
+LARGE, LARGER, HYBRID = "llm_0p1b_simple", "llm_0p8b_simple", "llm_0p1b_jamba"
 RECURRENT = ("retnet", "mamba1", "mamba2", "rwkv", "linear")
 NEW, PROMPT, SLOTS, CONTEXT = 32, 32, 16, 100
 
@@ -170,6 +174,38 @@ def _served(stack: es.Stack, slots: int) -> Step:
     return step
 
 
+def speculation(rounds: int) -> list[str]:
+    """Greedy, batch 1: a draft of random weights, whose guesses are refused, and the model itself, whose are kept."""
+    stack = es.build(es.load(HYBRID), dtype=torch.float32).eval()
+    vocab = {"vocab_size": stack.spec.model.vocab_size, "tokenizer_contract": {"type": "hf", "pretrained": "none"}}
+    layers = es.StackBuilder(64, 4, **vocab).add("mamba", repeat=3).add("attention")
+    drafts = {"another": layers.build().eval(), "itself": stack}
+    steps: dict[str, Step] = {"none": lambda: list(es.generate(stack, [1] * PROMPT, NEW, temperature=0))}
+    kept: dict[str, tuple[int, int]] = {}
+    for (name, draft), ahead in product(drafts.items(), (2, 4, 8)):
+        options: dict[str, Any] = {"temperature": 0, "draft": draft, "ahead": ahead}
+        key = f"{name}, {sum(p.numel() for p in draft.parameters()):,} | {ahead}"
+        steps[key] = lambda options=options: list(es.generate(stack, [1] * PROMPT, NEW, **options))
+        kept[key] = _kept(steps[key])
+    times = interleaved(steps, max(3, rounds // 10))
+    alone = min(times["none"])
+    lines = [f"{HYBRID}, float32; alone {1e3 * alone / NEW:.1f} ms a token, the prompt's time included.", ""]
+    lines += ["| draft, parameters | ahead | guesses kept | ms a token | ms a round | times as fast as alone |"]
+    lines.append("|---|---|---|---|---|---|")
+    for key, (guessed, turns) in kept.items():
+        taken = 1e3 * min(times[key])
+        share = (NEW - 1 - turns) / guessed
+        lines.append(f"| {key} | {share:.0%} | {taken / NEW:.1f} | {taken / turns:.1f} | {1e3 * alone / taken:.2f} |")
+    return lines
+
+
+def _kept(step: Step) -> tuple[int, int]:
+    """How many guesses a step makes, and in how many rounds: a round adds a token and the guesses that it keeps."""
+    with mock.patch.object(Speculation, "__call__", autospec=True, side_effect=Speculation.__call__) as rounds:
+        step()
+    return sum(call.args[2][0] for call in rounds.call_args_list), rounds.call_count
+
+
 def prompts(rounds: int, tokens: int = 4096) -> list[str]:
     """Tokens a second of reading a prompt in chunks, over those of a training step's forward pass."""
     lines = ["| stack | tokens/s of prefill | of the training forward | ratio |", "|---|---|---|---|"]
@@ -277,13 +313,14 @@ SECTIONS: dict[str, Section] = {
     "A token of a 3M stack against transformers": against_transformers,
     "Reading the weights of stacks of 100M and 800M": bandwidth,
     "The engine: 16 requests over one": engine,
+    "Speculative decoding": speculation,
     "Prefill of 4,096 tokens over the training forward": prompts,
     "A token after 100,000 tokens over one after 100": long_contexts,
     "A shared prefix of 2,000 tokens": shared_prefixes,
     "A session that rests on disk": parked_sessions,
     "The state's memory": memory,
 }
-"""What is measured, in the order of the report. A shared prefix's time to first token joins with the prefix store."""
+"""What is measured, in the order of the report."""
 
 
 def main() -> None:

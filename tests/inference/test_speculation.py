@@ -47,7 +47,7 @@ def every_mixer() -> es.Stack:
     return model
 
 
-@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("ahead", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("draft", ["itself", "hybrid", "attention"])
 def test_greedy_equals_the_model_alone_in_every_mixer(draft: str, ahead: int) -> None:
     model = every_mixer()
@@ -64,7 +64,8 @@ def test_greedy_equals_the_model_alone_in_every_mixer(draft: str, ahead: int) ->
 def test_greedy_equals_recomputing(build_mini: Build) -> None:
     model = build_mini()
     wanted = [recomputed(model, prompt, 20) for prompt in PROMPTS]
-    assert written(model, PROMPTS, 20, temperature=0, draft=drafts(model)["hybrid"]) == wanted
+    for ahead in (1, 4):
+        assert written(model, PROMPTS, 20, temperature=0, draft=drafts(model)["hybrid"], ahead=ahead) == wanted
     rules: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1.7}
     wanted = written(model, PROMPTS, 20, **rules)
     assert written(model, PROMPTS, 20, **rules, draft=drafts(model)["hybrid"], ahead=3) == wanted
@@ -169,7 +170,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("ahead", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_is_written_has_the_models_distribution(name: str, ahead: int) -> None:
     model, draft, rules, prompt, rows = small(0), small(1), RULES[name], [1, 3, 0], 3000
     chances = exact(model, prompt, 3, rules)
