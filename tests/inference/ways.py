@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -58,10 +60,10 @@ def distribution(tokens: list[Token], vocab: int) -> Tensor:
     return torch.tensor([[token.top[i] for i in range(vocab)] for token in tokens]).reshape(-1, vocab)
 
 
-def generated(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+def generated(model: es.Stack, prompts: list[list[int]], count: int, **options: Any) -> Iterator[Written]:
     """`es.generate`."""
     vocab = model.spec.model.vocab_size
-    steps = list(es.generate(model, prompts, count, temperature=0, logprobs=vocab))
+    steps = list(es.generate(model, prompts, count, temperature=0, logprobs=vocab, **options))
     for prompt, tokens in zip(prompts, zip(*steps, strict=True), strict=True):
         yield Written(prompt, [int(token) for token in tokens], distribution(list(tokens), vocab))
 
@@ -147,6 +149,16 @@ def ragged(rows: list[list[int]]) -> tuple[Tensor, es.Segments]:
     return ids, es.Segments(real=torch.tensor([[i < len(row) for i in range(longest)] for row in rows]))
 
 
+def guessed(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """With a draft of the same mixers and a little other weights, so that some of its guesses are kept."""
+    draft = deepcopy(model)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight.mul_(1 + 0.03 * torch.randn(weight.shape, generator=noise).to(weight))
+    yield from generated(model, prompts, count, draft=draft, ahead=3)
+
+
 def served(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
     """Through an engine of fewer slots than requests, some of them cancelled, the prompts longer than a chunk."""
     engine = Engine(model, slots=2, max_tokens=max(map(len, prompts)) + count, prefill=9)
@@ -183,5 +195,6 @@ WAYS: dict[str, Way] = {
     "in pieces": in_pieces,
     "forked": forked,
     "rolled back": rolled_back,
+    "guessed": guessed,
     "served": served,
 }
