@@ -29,6 +29,7 @@ def serve(
     from ..checkpoint import load_checkpoint
     from ..inference import server
     from ..inference.engine import Engine
+    from ..inference.routes import Api
     from ..inference.service import Service
     from ..spec import load
     from ..tokens import tokenizer_of
@@ -38,7 +39,7 @@ def serve(
     tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
     model.check_keeps_state()
     service = Service(Engine(model, slots, max_tokens, room), queue)
-    server.serve(server.Api(service, tokenizer, model.spec.model.name, api_key, most), host, port, drain)
+    server.serve(Api(service, tokenizer, model.spec.model.name, api_key, most), host, port, drain)
 
 
 def of_bytes(option: str, text: str) -> int:

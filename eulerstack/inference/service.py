@@ -95,7 +95,7 @@ class Service:
                 got = self.engine.step()
             except Exception as error:
                 log.exception("a step failed")
-                held = [*self.engine.active.values()] or [*self.engine.waiting]
+                held = [one for one in self._tell if one not in self.engine.waiting] or [*self._tell]
                 message = (
                     f"the step that this request was in failed ({type(error).__name__}); the server's log has more"
                 )

@@ -41,7 +41,8 @@ class Served:
 def running(
     model: es.Stack, *, slots: int = 4, queue: int = 16, key: str | None = None, body: int = 1 << 20, drain: float = 20
 ) -> Iterator[Served]:
-    from eulerstack.inference.server import Api, Server
+    from eulerstack.inference.routes import Api
+    from eulerstack.inference.server import Server
     from eulerstack.inference.service import Service
 
     api = Api(Service(Engine(model, slots, prefill=16), queue), Bytes(), model.spec.model.name, key, body)

@@ -1,8 +1,10 @@
 """The server for a minute: many clients, a signal amid them, and a thousand mistakes."""
 
+import contextlib
 import json
 import random
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -26,6 +28,11 @@ Done = tuple[str, int, str]
 def gauges(url: str) -> dict[str, int]:
     lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return {line.split()[0]: int(line.split()[1]) for line in lines if not line.startswith("#")}
+
+
+def assert_nothing_is_open(url: str) -> None:
+    found = gauges(url)
+    assert [found[f"eulerstack_{name}"] for name in ("slots_in_use", "queue_length", "answers_open")] == [0, 0, 0]
 
 
 class Load:
@@ -94,13 +101,8 @@ def test_64_streaming_clients_for_a_minute(checkpoint: Path) -> None:
         load.join()
         assert not load.wrong and not load.sent_away
         assert len(load.done) >= 64
+        assert_nothing_is_open(url)
         after = gauges(url)
-        assert (
-            after["eulerstack_slots_in_use"]
-            == after["eulerstack_queue_length"]
-            == after["eulerstack_answers_open"]
-            == 0
-        )
         assert after['eulerstack_requests_total{status="200"}'] == len(load.done)
         assert after["eulerstack_generated_tokens_total"] == sum(count for _, count, _ in load.done)
         one.send_signal(signal.SIGTERM)
@@ -124,6 +126,15 @@ def resident(pid: int) -> int:
     """Bytes of memory that a process has."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) << 10
+
+
+def refuse_no_http(url: str, noise: bytes) -> None:
+    """What is no HTTP is refused, or cut off."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as one, contextlib.suppress(ConnectionError):
+        one.sendall(noise + b"\r\n\r\n")
+        one.shutdown(socket.SHUT_WR)
+        assert one.recv(12) in (b"", b"HTTP/1.1 400")
 
 
 VALUES: list[Any] = [
@@ -208,15 +219,11 @@ def test_a_thousand_mistakes(checkpoint: Path) -> None:
             assert answer.status_code == 200 or 400 <= answer.status_code < 500, (answer.text, body[:500], headers)
             if answer.status_code != 200:
                 assert answer.json()["error"]["message"], body[:500]
+            if number % 10 == 0:
+                refuse_no_http(url, dice.randbytes(dice.choice((1, 100, 100_000))))
             if number % 100 == 99:
                 memory.append(resident(one.pid))
-        after = gauges(url)
-        assert (
-            after["eulerstack_slots_in_use"]
-            == after["eulerstack_queue_length"]
-            == after["eulerstack_answers_open"]
-            == 0
-        )
+        assert_nothing_is_open(url)
         one.send_signal(signal.SIGTERM)
         assert one.wait(20) == 0
     refused = sum(status != 200 for status in statuses)

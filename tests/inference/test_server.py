@@ -3,8 +3,10 @@
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -158,7 +160,7 @@ def test_chat_is_lines_of_roles(served: Served, monkeypatch: pytest.MonkeyPatch)
     assert stream[0]["object"] == "chat.completion.chunk" and stream[-1] == "[DONE]"
     assert stream[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in stream[1:-1]) == words(tokens)
-    monkeypatch.setattr("eulerstack.inference.server.TURN", words(tokens)[5:7])
+    monkeypatch.setattr("eulerstack.inference.routes.TURN", words(tokens)[5:7])
     (choice,) = choices(served, CHAT, messages=talk, temperature=0)
     assert words(tokens).startswith(choice["message"]["content"]) and choice["finish_reason"] == "stop"
     assert len(choice["message"]["content"]) <= 5
@@ -417,6 +419,33 @@ def test_a_failing_step_fails_those_in_it_and_no_other(serve: Serve, monkeypatch
             solo(served.engine.model, "x", 5)
         )
         assert gauge(served, "slots_in_use") == gauge(served, "answers_open") == 0
+
+
+def test_an_answer_whose_last_token_came_in_a_failing_step_is_told(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(slots=2) as served, ThreadPoolExecutor() as pool:
+        engine, gate = served.engine, threading.Event()
+        step, read = engine.step, engine._read_chunk
+
+        def held() -> Any:
+            gate.wait()
+            return step()
+
+        def broken() -> Any:
+            if engine.active[engine.reading[0]].prompt == [7]:
+                raise RuntimeError
+            return read()
+
+        monkeypatch.setattr(engine, "step", held)
+        monkeypatch.setattr(engine, "_read_chunk", broken)
+        first = pool.submit(post, served, prompt=[1], max_tokens=2)  # its second token comes while [7] is read
+        soon(lambda: gauge(served, "queue_length") == 1)
+        second = pool.submit(post, served, prompt=[7])
+        soon(lambda: gauge(served, "answers_open") == 2 and served.api.service._calls.qsize() == 1)
+        gate.set()
+        assert first.result(20).status_code == second.result(20).status_code == 500
+        assert gauge(served, "answers_open") == 0
 
 
 def test_a_signal_lets_nobody_in_and_those_inside_finish(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
