@@ -15,6 +15,7 @@ def serve(
     slots: int,
     max_tokens: int | None,
     budget: str | None,
+    prefix_bytes: str | None,
     queue: int,
     body: str,
     drain: float,
@@ -24,7 +25,9 @@ def serve(
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ValueError(f"serve needs {' and '.join(missing)}: pip install 'eulerstack[serve]'")
-    room, most = None if budget is None else of_bytes("--budget", budget), of_bytes("--body", body)
+    room = None if budget is None else of_bytes("--budget", budget)
+    kept = None if prefix_bytes is None else of_bytes("--prefix-bytes", prefix_bytes)
+    most = of_bytes("--body", body)
 
     from ..checkpoint import load_checkpoint
     from ..inference import server
@@ -38,7 +41,7 @@ def serve(
     model = load_checkpoint(checkpoint, usable(device))
     tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
     model.check_keeps_state()
-    service = Service(Engine(model, slots, max_tokens, room), queue)
+    service = Service(Engine(model, slots, max_tokens, room, prefix_bytes=kept), queue)
     server.serve(Api(service, tokenizer, model.spec.model.name, api_key, most), host, port, drain)
 
 

@@ -180,11 +180,16 @@ class Api:
             )
 
     def _metrics(self) -> Iterator[str]:
-        engine = self.engine
         yield "# TYPE eulerstack_requests_total counter"
         for status, count in sorted(self.statuses.items()):
             yield f'eulerstack_requests_total{{status="{status}"}} {count}'
-        for name, kind, value in (
+        for name, kind, value in self._values():
+            yield f"# TYPE eulerstack_{name} {kind}"
+            yield f"eulerstack_{name} {value}"
+
+    def _values(self) -> Iterator[tuple[str, str, int]]:
+        engine, store = self.engine, self.engine.prefixes
+        yield from (
             ("prompt_tokens_total", "counter", self.tokens_in),
             ("generated_tokens_total", "counter", self.tokens_out),
             ("slots", "gauge", engine.slots),
@@ -192,9 +197,14 @@ class Api:
             ("queue_length", "gauge", len(engine.waiting)),
             ("answers_open", "gauge", self.service.inside),
             ("state_bytes", "gauge", engine.state.nbytes()),
-        ):
-            yield f"# TYPE eulerstack_{name} {kind}"
-            yield f"eulerstack_{name} {value}"
+        )
+        if store is not None:
+            yield from (
+                ("prefix_hits_total", "counter", store.hits),
+                ("prefix_tokens_total", "counter", store.tokens_reused),
+                ("prefix_evictions_total", "counter", store.evictions),
+                ("prefix_bytes", "gauge", store.bytes),
+            )
 
     def _counted(self, app: ASGIApp) -> ASGIApp:
         """The same, with every answer's status counted; 499 where the client left before there was one."""

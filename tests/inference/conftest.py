@@ -39,13 +39,20 @@ class Served:
 
 @contextmanager
 def running(
-    model: es.Stack, *, slots: int = 4, queue: int = 16, key: str | None = None, body: int = 1 << 20, drain: float = 20
+    model: es.Stack,
+    *,
+    slots: int = 4,
+    queue: int = 16,
+    key: str | None = None,
+    body: int = 1 << 20,
+    drain: float = 20,
+    **engine: Any,
 ) -> Iterator[Served]:
     from eulerstack.inference.routes import Api
     from eulerstack.inference.server import Server
     from eulerstack.inference.service import Service
 
-    api = Api(Service(Engine(model, slots, prefill=16), queue), Bytes(), model.spec.model.name, key, body)
+    api = Api(Service(Engine(model, slots, prefill=16, **engine), queue), Bytes(), model.spec.model.name, key, body)
     server = Server(api, drain)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

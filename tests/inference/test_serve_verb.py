@@ -18,7 +18,10 @@ pytest.importorskip("openai", reason="needs pip install 'eulerstack[dev]'")
 def test_the_official_client_and_a_signal(checkpoint: Path) -> None:
     from openai import BadRequestError, OpenAI
 
-    with process(checkpoint, "--max-tokens", "128", "--slots", "2", "--api-key", "k") as (url, one):
+    with process(checkpoint, "--max-tokens", "128", "--slots", "2", "--api-key", "k", "--prefix-bytes", "1MiB") as (
+        url,
+        one,
+    ):
         client = OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0, timeout=120)
         (model,) = client.models.list()
         assert model.id == client.models.retrieve(MINI).id == MINI

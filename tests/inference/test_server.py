@@ -196,6 +196,15 @@ def test_metrics_count(served: Served) -> None:
         assert f"eulerstack_{line}\n" in text
 
 
+def test_prompts_that_begin_alike_are_read_once(serve: Serve) -> None:
+    with serve(prefix_bytes=1 << 24) as served:
+        for end in "ab":
+            (choice,) = choices(served, prompt="x" * 40 + end, max_tokens=5, temperature=0)
+            assert choice["text"] == words(solo(served.engine.model, "x" * 40 + end, 5))
+        assert gauge(served, "prefix_hits_total") == 1 and gauge(served, "prefix_tokens_total") == 32
+        assert gauge(served, "prefix_bytes") > 0 == gauge(served, "prefix_evictions_total")
+
+
 REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": ""}, "a prompt is empty", None),
     ({"prompt": []}, "a prompt is empty", None),
