@@ -30,9 +30,11 @@ def gauges(url: str) -> dict[str, int]:
     return {line.split()[0]: int(line.split()[1]) for line in lines if not line.startswith("#")}
 
 
-def assert_nothing_is_open(url: str) -> None:
+def at_rest(url: str) -> dict[str, int]:
+    """The gauges, once nothing is open."""
     found = gauges(url)
     assert [found[f"eulerstack_{name}"] for name in ("slots_in_use", "queue_length", "answers_open")] == [0, 0, 0]
+    return found
 
 
 class Load:
@@ -101,8 +103,7 @@ def test_64_streaming_clients_for_a_minute(checkpoint: Path) -> None:
         load.join()
         assert not load.wrong and not load.sent_away
         assert len(load.done) >= 64
-        assert_nothing_is_open(url)
-        after = gauges(url)
+        after = at_rest(url)
         assert after['eulerstack_requests_total{status="200"}'] == len(load.done)
         assert after["eulerstack_generated_tokens_total"] == sum(count for _, count, _ in load.done)
         one.send_signal(signal.SIGTERM)
@@ -223,7 +224,7 @@ def test_a_thousand_mistakes(checkpoint: Path) -> None:
                 refuse_no_http(url, dice.randbytes(dice.choice((1, 100, 100_000))))
             if number % 100 == 99:
                 memory.append(resident(one.pid))
-        assert_nothing_is_open(url)
+        at_rest(url)
         one.send_signal(signal.SIGTERM)
         assert one.wait(20) == 0
     refused = sum(status != 200 for status in statuses)
