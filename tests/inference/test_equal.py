@@ -46,7 +46,7 @@ def test_a_mini_writes_what_recomputing_gives(name: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["chunked", "left padded", "served"])
+@pytest.mark.parametrize("way", ["chunked", "left padded", "served", "remembered"])
 @pytest.mark.parametrize("name", MINIS)
 def test_a_mini_writes_what_recomputing_gives_beyond_its_own_windows(name: str, way: str) -> None:
     agree(mini(name, window=None), way, texts(300, 70, 255), 5)
@@ -102,49 +102,61 @@ def finish(engine: Engine) -> None:
     assert engine.idle and not engine.active and not engine.reading and not engine.waiting
 
 
-Event = tuple[int, int] | int | None
-"""A prompt's length and how many tokens it asks for; the request that is cancelled; or a step."""
+Event = tuple[int, int, int] | int | None
+"""A prompt's tokens that others begin with too, its own, and those it asks for; who is cancelled; or a step."""
 
 EVENTS = st.lists(
-    st.tuples(st.integers(1, 40), st.integers(1, 12)) | st.integers(0, 20) | st.none() | st.none(), max_size=60
+    st.tuples(st.sampled_from([0, 8, 24]), st.integers(1, 28), st.integers(1, 12))
+    | st.integers(0, 20)
+    | st.none()
+    | st.none(),
+    max_size=60,
 )
 
 
-def play(engine: Engine, events: list[Event], requests: list[Request]) -> None:
+def play(engine: Engine, events: list[Event]) -> Iterator[Request]:
+    (trunk,), requests = texts(24), list[Request]()
     for event in events:
         if isinstance(event, tuple):
-            requests.append(asked(engine, *texts(event[0]), event[1]))
+            requests.append(asked(engine, trunk[: event[0]] + texts(event[1])[0], event[2]))
         elif event is None:
             engine.step()
         elif requests:
             engine.cancel(requests[event % len(requests)])
     finish(engine)
+    yield from requests
 
 
-def arrivals(spec: es.StackSpec, slots: int, chunk: int, events: list[Event]) -> None:
-    model, requests = loud(spec), list[Request]()
-    play(Engine(model, slots, ROOM, prefill=chunk), events, requests)
-    for request in requests:
+def arrivals(spec: es.StackSpec, slots: int, chunk: int, store: int | None, events: list[Event]) -> None:
+    model = loud(spec)
+    for request in play(Engine(model, slots, ROOM, prefill=chunk, prefix_bytes=store), events):
         check(model, answer(request))
         assert request.finished == "cancelled" or len(request.tokens) == request.max_new_tokens
 
 
-SCHEDULE = {"slots": st.integers(1, 4), "chunk": st.integers(1, 50), "events": EVENTS}
+SCHEDULE = {
+    "slots": st.integers(1, 4),
+    "chunk": st.integers(1, 50),
+    "store": st.sampled_from([None, 2_000, 20_000, 1_000_000]),
+    "events": EVENTS,
+}
 
 
 @settings(max_examples=15, derandomize=True, **DRAWN)
 @given(spec=stacks(), **SCHEDULE)
-def test_any_arrivals_and_cancellations(spec: es.StackSpec, slots: int, chunk: int, events: list[Event]) -> None:
-    arrivals(spec, slots, chunk, events)
+def test_any_arrivals_and_cancellations(
+    spec: es.StackSpec, slots: int, chunk: int, store: int | None, events: list[Event]
+) -> None:
+    arrivals(spec, slots, chunk, store, events)
 
 
 @pytest.mark.slow
 @settings(max_examples=400, **DRAWN)
 @given(spec=stacks(), **SCHEDULE)
 def test_any_arrivals_and_cancellations_at_length(
-    spec: es.StackSpec, slots: int, chunk: int, events: list[Event]
+    spec: es.StackSpec, slots: int, chunk: int, store: int | None, events: list[Event]
 ) -> None:
-    arrivals(spec, slots, chunk, events)
+    arrivals(spec, slots, chunk, store, events)
 
 
 RULES = st.fixed_dictionaries(

@@ -175,6 +175,18 @@ def served(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Wr
     yield from map(answer, requests)
 
 
+def remembered(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """Through an engine's store of prefixes: prompts that were read before, and what goes on from what was written."""
+    engine = Engine(model, slots=2, max_tokens=max(map(len, prompts)) + 2 * count, prefill=4, prefix_bytes=1 << 30)
+    requests: list[Request] = []
+    for again in (prompts, prompts, [prompt + [7] * (count - 1) for prompt in prompts]):
+        requests += [asked(engine, prompt, count) for prompt in again]
+        while not engine.idle:
+            engine.step()
+    assert engine.prefixes is not None and engine.prefixes.hits >= 2 * sum(len(prompt) > 4 for prompt in prompts)
+    yield from map(answer, requests)
+
+
 def asked(engine: Engine, prompt: list[int], count: int, **rules: object) -> Request:
     """A request that tells all log probabilities."""
     vocab = engine.model.spec.model.vocab_size
@@ -197,4 +209,5 @@ WAYS: dict[str, Way] = {
     "rolled back": rolled_back,
     "guessed": guessed,
     "served": served,
+    "remembered": remembered,
 }
