@@ -272,6 +272,7 @@ def generate(prompts: tuple[str, ...], **options: object) -> None:
 @click.option("--max-tokens", type=click.IntRange(2), help="Of a prompt and its answer; max_seq_len by default.")
 @click.option("--budget", metavar="BYTES", help="What the slots' states may take, as 2GiB; else fewer slots.")
 @click.option("--prefix-bytes", metavar="BYTES", help="What prompts that begin alike may keep to be read once.")
+@click.option("--sessions", metavar="DIR", help="Where conversations are parked between two requests of a `session`.")
 @click.option("--queue", default=64, show_default=True, type=click.IntRange(0), help="Answers that may wait; else 429.")
 @click.option("--body", default="1MiB", show_default=True, metavar="BYTES", help="The longest request.")
 @click.option(

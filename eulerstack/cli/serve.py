@@ -16,6 +16,7 @@ def serve(
     max_tokens: int | None,
     budget: str | None,
     prefix_bytes: str | None,
+    sessions: str | None,
     queue: int,
     body: str,
     drain: float,
@@ -34,6 +35,7 @@ def serve(
     from ..inference.engine import Engine
     from ..inference.routes import Api
     from ..inference.service import Service
+    from ..inference.sessions import Sessions
     from ..spec import load
     from ..tokens import tokenizer_of
     from .write import usable
@@ -41,7 +43,8 @@ def serve(
     model = load_checkpoint(checkpoint, usable(device))
     tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
     model.check_keeps_state()
-    service = Service(Engine(model, slots, max_tokens, room, prefix_bytes=kept), queue)
+    parked = None if sessions is None else Sessions(sessions, model)
+    service = Service(Engine(model, slots, max_tokens, room, prefix_bytes=kept, sessions=parked), queue)
     server.serve(Api(service, tokenizer, model.spec.model.name, api_key, most), host, port, drain)
 
 

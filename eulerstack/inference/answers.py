@@ -71,7 +71,10 @@ class Answer:
 
     def _echoed(self) -> str:
         text, offsets = self.begun
-        scores: list[int] = [*self.request.prompt[:1], *self.request.scores] if self.scored else []
+        scores: list[int] = []
+        if self.scored:  # the first has none, where nothing was said before it
+            unscored = len(self.request.prompt) - len(self.request.scores)
+            scores = [*self.request.prompt[:unscored], *self.request.scores]
         for token, offset in zip(scores, offsets, strict=False):
             self._score(token, offset)
         return text

@@ -50,6 +50,8 @@ class Api:
         asked = await self._asked(request, Completion)
         if asked.max_tokens == 0 and not asked.echo:
             raise RefusedError(400, "max_tokens = 0 writes nothing without echo; give 1 or more", "max_tokens")
+        if asked.session is not None:
+            self._check_session(asked, asked.session)
         return await self._answer(request, asked, list(asked.prompt), asked.max_tokens or 1)
 
     async def chat(self, request: Request) -> Response:
@@ -112,9 +114,10 @@ class Api:
             raise RefusedError(400, f"{len(prompts)} prompts of n = {asked.n} are more answers than fit ({room})", "n")
         scores = asked.logprobs if isinstance(asked, Completion) else None
         echo = isinstance(asked, Completion) and asked.echo and scores is not None
+        session = asked.session if isinstance(asked, Completion) else None
         rows = []
         for prompt in prompts:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = self._ids(prompt, session) if isinstance(prompt, str) else prompt
             count = max(1, most - len(ids)) if wanted is None else wanted
             if len(ids) + count > most:
                 message = f"{len(ids)} tokens of prompt and {count} to write are more than the {most} that fit"
@@ -125,9 +128,16 @@ class Api:
                 "stop": self.tokenizer.stops,
                 "echo": echo,
                 "logprobs": scores,
+                "session": session,
             }
             rows += [{**row, **asked.sampling(k)} for k in range(asked.n)]
         return rows
+
+    def _ids(self, text: str, session: str | None) -> list[int]:
+        """A prompt's ids; a turn that goes on with a session begins no document."""
+        ids, sessions = self.tokenizer.encode(text), self.engine.sessions
+        resumed = session is not None and sessions is not None and session in sessions
+        return ids[1:] if self.tokenizer.begins and resumed else ids
 
     async def _deltas(self, job: Job, answers: list[Answer]) -> AsyncIterator[Delta]:
         """What the steps add to the answers of a job, until all are finished. Raises RefusedError."""
@@ -144,6 +154,11 @@ class Api:
             if delta.finish and not finish:
                 self.service.cancel(job.requests[index])
             yield delta
+        for request in job.requests:
+            if request.unparked is not None:
+                raise RefusedError(
+                    500, f"session = {request.session!r} could not be parked: {request.unparked.strerror}"
+                )
 
     async def _collect(self, job: Job, answers: list[Answer]) -> list[Delta]:
         deltas = [delta async for delta in self._deltas(job, answers)]
@@ -171,6 +186,17 @@ class Api:
             raise RefusedError(
                 404, f"model = {name!r:.80} is not served here; it is {self.name!r}", "model", "model_not_found"
             )
+
+    def _check_session(self, asked: Completion, session: str) -> None:
+        if self.engine.sessions is None:
+            reason = "has no place: start the server with --sessions DIR"
+        elif asked.stop:
+            reason = "cannot go with stop, behind which it would go on; stop at max_tokens"
+        elif len(asked.prompt) * asked.n > 1:
+            reason = "goes with one prompt and n = 1"
+        else:
+            return
+        raise RefusedError(400, f"session = {session!r} {reason}", "session")
 
     def _check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
