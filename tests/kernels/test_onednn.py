@@ -1,5 +1,7 @@
 """The product of many rows as a convolution: its result and gradients, and when it leaves the product to PyTorch."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,9 +25,9 @@ def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
     conv = F.conv2d
 
-    def counted(x: Tensor, *rest: Tensor | None) -> Tensor:
+    def counted(x: Tensor, *rest: Any, **more: Any) -> Tensor:
         found.append(tuple(x.shape))
-        return conv(x, *rest)
+        return conv(x, *rest, **more)
 
     monkeypatch.setattr(F, "conv2d", counted)
     return found
