@@ -4,6 +4,7 @@ N real tokens make M = N * top_k choices. They are sorted by expert, so that eac
 only experts that were chosen compute. No token is dropped: a capacity would make a token's result depend on others.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..kernels.linear import torch as reference
 from ..kernels.precision import wide, without_autocast
+from ..kernels.provider import Kernel
 from ..kernels.shapes import has_memory
 from ..spec import GatedMLPSpec, MoEFFNSpec
 from .ffn import GATES, GatedMLP, init_linear
 from .precision import FullPrecision
+from .serve import Served
 
 
 class Routing(NamedTuple):
@@ -122,8 +126,11 @@ class Correction(FullPrecision):
         self.bias.add_(torch.sign(load.mean() - load), alpha=self.rate)
 
 
-class StackedLinear(nn.Module):
+class StackedLinear(nn.Module, Served):
     """Weights [E, out, in] of E linear layers."""
+
+    operation = "linear"
+    ops = staticmethod(reference.linear)
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -151,8 +158,8 @@ class Experts(nn.Module):
         stacked = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         x, gate, up, down = (_as_autocast(t) for t in (x, *stacked))
         sent: Tensor = _Send.apply(x, dispatch, weights.shape[1])
-        hidden = self.gated(_linears(sent, gate, dispatch.slices), _linears(sent, up, dispatch.slices))
-        y: Tensor = _Gather.apply(_linears(hidden, down, dispatch.slices), weights, dispatch)
+        gated, through = self.gated, partial(_Linears.apply, dispatch.slices, self.down_proj.ops)
+        y: Tensor = _Gather.apply(through(gated(through(sent, gate), through(sent, up)), down), weights, dispatch)
         return y
 
     def reset_parameters(self, out_scale: float) -> None:
@@ -196,12 +203,6 @@ def _as_autocast(t: Tensor) -> Tensor:
     return t.to(dtype)
 
 
-def _linears(x: Tensor, weight: Tensor, slices: list[slice]) -> Tensor:
-    """[M, out]: sorted rows x [M, in], each slice of them through its expert's weight of [E, out, in]."""
-    y: Tensor = _Linears.apply(x, weight, slices)
-    return y
-
-
 class _Send(torch.autograd.Function):
     """x [N, D] -> [M, D], a row for each choice. Its backward sums through the inverse: no rows are added in place."""
 
@@ -220,16 +221,19 @@ class _Send(torch.autograd.Function):
 
 
 class _Linears(torch.autograd.Function):
-    """Writes each expert's product to its slice of one tensor; in the backward, to its part of the stacked gradient."""
+    """Sorted rows x [M, in], each slice of them through its expert's weight of [E, out, in], by a linear operation.
+
+    Each product is written to its slice of one tensor; in the backward, to its part of the stacked gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, slices: list[slice]) -> Tensor:
+    def forward(ctx: Any, slices: list[slice], linear: Kernel, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.slices = slices
+        ctx.slices, ctx.linear = slices, linear
         y = x.new_empty(x.shape[0], weight.shape[1])
         for expert, rows in enumerate(slices):
             if rows.start < rows.stop:  # a step of decoding chooses few of many
-                torch.mm(x[rows], weight[expert].T, out=y[rows])
+                y[rows] = linear(x[rows], (weight[expert],), (None,))
         return y
 
     @staticmethod
@@ -237,14 +241,14 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
+        for_weight = torch.empty_like(weight) if ctx.needs_input_grad[3] else None
         for expert, rows in enumerate(ctx.slices):
             if for_x is not None:
-                torch.mm(grad[rows], weight[expert], out=for_x[rows])
+                for_x[rows] = ctx.linear(grad[rows], (weight[expert].T,), (None,))
             if for_weight is not None:  # a product over no rows is zero
-                torch.mm(grad[rows].T, x[rows], out=for_weight[expert])
-        return for_x, for_weight, None
+                for_weight[expert] = ctx.linear(grad[rows].T, (x[rows].T,), (None,))
+        return None, None, for_x, for_weight
 
 
 class _Gather(torch.autograd.Function):
