@@ -1,4 +1,4 @@
-"""The contract suite can fail: each of these small faults, of kinds that have hit released code, is caught by it."""
+"""The suites can fail: each of these small faults, of kinds that have hit released code, is caught by one of them."""
 
 import os
 import shutil
@@ -70,17 +70,47 @@ MUTANTS = {
 }  # fmt: skip
 
 
+ENGINES = {
+    "a slot begins with the last request's state": (
+        "inference/engine.py", "self.state = self.state.put([slot], self.fresh)", "pass"),
+    "a step feeds rows whose prompts are still read": (
+        "inference/engine.py", "real[rows] = True", "real[sorted(self.active)] = True"),
+    "the bound of caches is the shortest row's": (
+        "inference/engine.py", "bound = max(request.length", "bound = min(request.length"),
+    "who came last is served first": (
+        "inference/engine.py", "request = self.waiting.popleft()", "request = self.waiting.pop()"),
+    "later chunks overwrite a short prompt's last logits": (
+        "inference/generate.py", "last = torch.where((left > 0)[:, None], ends, last)", "last = ends"),
+    "positions count padding on the left": (
+        "segments.py", "offset = torch.where(begins, index, 0)", "offset = torch.where(begins & (label > 0), index, 0)"),
+    "a window's ring is one slot short": (
+        "mixers/cached.py", "ring = None if self.window is None else self.window + rollback", "ring = None if self.window is None else max(1, self.window + rollback - 1)"),
+    "a loaded state forgets how far it reaches": (
+        "state.py", "return replace(state, bound=self.longest)", "return state"),
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    file, sound, faulty = MUTANTS[name]
+    caught(MUTANTS[name], tmp_path, "tests/contract", "tests/kernels")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_mutant_is_caught_by_what_is_generated(name: str, tmp_path: Path) -> None:
+    caught(ENGINES[name], tmp_path, "tests/inference/test_equal.py", "tests/inference/test_failures.py")
+
+
+def caught(mutant: tuple[str, str, str], tmp_path: Path, *tests: str) -> None:
+    file, sound, faulty = mutant
     for part in ("eulerstack", "tests", "presets"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     text = (tmp_path / "eulerstack" / file).read_text()
     assert text.count(sound) == 1, text.count(sound)
     (tmp_path / "eulerstack" / file).write_text(text.replace(sound, faulty))
-    words = ["-m", "pytest", "tests/contract", "tests/kernels", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
+    words = ["-m", "pytest", *tests, "-x", "-m", "not slow", "-p", "no:cacheprovider"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stdout[-2000:]

@@ -110,6 +110,7 @@ def test_a_pool_starved_while_gauges_look_healthy(build_mini: Build) -> None:
     """
     engine, dice = Engine(build_mini(), slots=2, max_tokens=60, prefill=8), random.Random(0)
     stream = [engine.submit(PROMPT[:20], 6, temperature=0) for _ in range(4)]
+    engine.step()
     patient = engine.submit(PROMPT, 3, temperature=0)
     steps = 0
     while patient.finished is None:

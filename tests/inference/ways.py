@@ -159,6 +159,17 @@ def guessed(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[W
     yield from generated(model, prompts, count, draft=draft, ahead=3)
 
 
+def restored(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
+    """After a snapshot, a token that was not to be, and the snapshot again: first copies of single rows, then all."""
+    logits, state = module.prefill(model, prompts, count)
+    kept = state.snapshot()
+    _, state = model.recurrent(torch.tensor([[3]] * len(prompts)), state)
+    state = state.restore(kept)
+    for row, prompt in enumerate(prompts):
+        yield from goes_on(model, [prompt], count, logits[row : row + 1], state.select([row]))
+    yield from goes_on(model, prompts, count, logits, state)
+
+
 def served(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
     """Through an engine of fewer slots than requests, some of them cancelled, the prompts longer than a chunk."""
     engine = Engine(model, slots=2, max_tokens=max(map(len, prompts)) + count, prefill=9)
@@ -176,10 +187,10 @@ def served(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Wr
 
 
 def remembered(model: es.Stack, prompts: list[list[int]], count: int) -> Iterator[Written]:
-    """Through an engine's store of prefixes: prompts that were read before, and what goes on from what was written."""
-    engine = Engine(model, slots=2, max_tokens=max(map(len, prompts)) + 2 * count, prefill=4, prefix_bytes=1 << 30)
+    """Through an engine's store of prefixes: prompts that were read before, and longer ones that begin like them."""
+    engine = Engine(model, slots=2, max_tokens=max(map(len, prompts)) + count + 3, prefill=4, prefix_bytes=1 << 30)
     requests: list[Request] = []
-    for again in (prompts, prompts, [prompt + [7] * (count - 1) for prompt in prompts]):
+    for again in (prompts, prompts, [[*prompt, 7, 7, 7] for prompt in prompts]):
         requests += [asked(engine, prompt, count) for prompt in again]
         while not engine.idle:
             engine.step()
@@ -207,6 +218,7 @@ WAYS: dict[str, Way] = {
     "in pieces": in_pieces,
     "forked": forked,
     "rolled back": rolled_back,
+    "restored": restored,
     "guessed": guessed,
     "served": served,
     "remembered": remembered,
