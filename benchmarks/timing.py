@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from eulerstack.kernels.provider import Target
+from eulerstack.kernels.select import select
+
 
 def interleaved(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each step in each counted round."""
@@ -25,8 +28,9 @@ def ratio(slower: list[float], faster: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
-def matmul_rate(size: int = 2048, rounds: int = 5) -> float:
-    """FLOP/s of a square float32 product: what this machine can do."""
-    a = torch.randn(size, size)
-    times = interleaved({"matmul": lambda: a @ a}, rounds)["matmul"]
-    return 2 * size**3 / statistics.median(times)
+def matmul_rates(size: int = 2048, rounds: int = 5) -> dict[str, float]:
+    """FLOP/s of a square float32 product, what this machine can do: by torch.mm and by our linear operation."""
+    a, linear = torch.randn(size, size), select("linear", Target()).kernels
+    steps = {"torch.mm": lambda: torch.mm(a, a), "the linear operation": lambda: linear(a, (a,), (None,))}
+    times = interleaved(steps, rounds)
+    return {name: 2 * size**3 / statistics.median(taken) for name, taken in times.items()}
