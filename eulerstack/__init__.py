@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from .builder import StackBuilder
     from .checkpoint import load_checkpoint, save_checkpoint
     from .costs import Estimate, estimate
+    from .inference.engine import Engine
     from .inference.generate import generate
+    from .inference.sessions import Sessions
+    from .inference.tape import Tape
     from .model import Stack, build
     from .segments import Segments
     from .spec import ExtensionSpec, SpecError, StackSpec, dump, expand, load, loads, presets, register
@@ -22,15 +25,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Engine": "inference.engine",
     "Estimate": "costs",
     "ExtensionSpec": "spec",
     "Segments": "segments",
+    "Sessions": "inference.sessions",
     "SpecError": "spec",
     "Stack": "model",
     "StackBuilder": "builder",
     "StackModule": "training.module",
     "StackSpec": "spec",
     "StackState": "state",
+    "Tape": "inference.tape",
     "TextData": "training.data",
     "build": "model",
     "dump": "spec",
@@ -47,15 +53,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "Engine",
     "Estimate",
     "ExtensionSpec",
     "Segments",
+    "Sessions",
     "SpecError",
     "Stack",
     "StackBuilder",
     "StackModule",
     "StackSpec",
     "StackState",
+    "Tape",
     "TextData",
     "build",
     "dump",

@@ -167,14 +167,14 @@ class Engine:
                 self.state = self.state.put([slot], self.fresh)
                 if request.parked is not None:
                     request.read, request.parked = request.parked.into(self._row(slot)).bound, None
-                elif self.prefixes is not None and request.opens and not request.echo:
-                    request.read = self.prefixes.fill(request.text, self._row(slot))
                 self.sampler.put(slot, request.rules, request.text)
 
     def _read_chunk(self) -> list[Request]:
         """The next chunk of the prompt whose turn it is; its first token if that was the last chunk."""
         slot = self.reading.popleft()
         request = self.active[slot]
+        if self.prefixes is not None and request.opens and not request.echo:
+            request.read = self.prefixes.fill(request.text, self._row(slot), request.read)
         end = min(len(request.text), (request.read // self.prefill + 1) * self.prefill)
         part = self._ids([request.text[request.read : end]])
         logits, row = self.model.chunkwise(part, replace(self._row(slot), bound=request.read))

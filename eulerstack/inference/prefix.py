@@ -49,8 +49,8 @@ class PrefixStore:
     Nothing else is stored, so that what follows a hit equals to the bit what follows reading. Nodes hold copies: no
     row is shared.
 
-    bytes: of all tensors kept, never more than `budget`. hits: prompts that began with something stored.
-    tokens_reused: how many tokens they did not have to read. evictions: states that had to go.
+    bytes: of all tensors kept, never more than `budget`. hits: times that a prompt went on from something stored.
+    tokens_reused: how many tokens it did not have to read. evictions: states that had to go.
     """
 
     def __init__(self, budget: int, grid: int, flops: Callable[[int], int]) -> None:
@@ -65,20 +65,24 @@ class PrefixStore:
         """The longest stored prefix that leaves a token to read."""
         return self._deepest(tokens)[-1].end
 
-    def fill(self, tokens: Sequence[int], row: StackState) -> int:
-        """Bring an empty state of one row to the longest stored prefix, in its own memory; returns its tokens."""
+    def fill(self, tokens: Sequence[int], row: StackState, read: int = 0) -> int:
+        """Bring a state of one row, which has read so many of these tokens, to the longest stored prefix.
+
+        Written into the row's own memory; returns how many tokens it has read then.
+        """
         path = self._deepest(tokens)
         last = path[-1]
-        if last is self.root or last.rest is None:
-            return 0
+        if last.end <= read or last.rest is None:
+            return read
         for node in path[1:]:
-            node.span.into(row.span(node.end - self.grid, node.end))
+            if node.end > read:
+                node.span.into(row.span(node.end - self.grid, node.end))
         last.rest.into(row.rest())
         row.length.fill_(last.end)
         row.reach.fill_(last.end)
         self._use(last)
         self.hits += 1
-        self.tokens_reused += last.end
+        self.tokens_reused += last.end - read
         return last.end
 
     def add(self, tokens: Sequence[int], row: StackState) -> None:

@@ -153,6 +153,17 @@ def test_states_land_where_prompts_still_agree() -> None:
     assert (engine.prefixes.hits, engine.prefixes.tokens_reused) == (2, 2 * 512)
 
 
+def test_prompts_that_come_at_once_read_what_they_share_once(build_mini: Build) -> None:
+    """Nothing is stored yet when they take their slots; each goes on from what another has read meanwhile."""
+    model, shared = build_mini(torch.float32), drawn(48)
+    prompts = [shared + drawn(8, seed) for seed in (1, 2, 3)]
+    plain, stored = (Engine(model, slots=3, max_tokens=80, prefill=16, prefix_bytes=size) for size in (None, AMPLE))
+    wanted, got = (run(engine, prompts, together=True) for engine in (plain, stored))
+    assert [outcome(r) for r in got] == [outcome(r) for r in wanted]
+    assert stored.prefixes is not None
+    assert stored.prefixes.tokens_reused == 2 * len(shared)
+
+
 def test_prompts_cancelled_while_they_are_read_leave_whole_chunks_and_nothing_else(build_mini: Build) -> None:
     model, prompt = build_mini(torch.float32), drawn(60)
     engine = Engine(model, slots=2, max_tokens=80, prefill=16, prefix_bytes=AMPLE)
