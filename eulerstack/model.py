@@ -72,9 +72,13 @@ class Stack(nn.Module):
         segments: Segments | None = None,
         *,
         chunk_size: int | None = None,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
-        """Continue `state` by T tokens. Raises ValueError where its KV caches have no room for them."""
-        return self._step(tokens, state, segments, lambda b, x, s, g: b.chunkwise(x, s, g, chunk_size))
+        """Continue `state` by T tokens. Raises ValueError where its KV caches have no room for them.
+
+        at: [B, N] int64, the tokens whose logits are wanted, [B, N, V]; those of all by default. A prompt needs one.
+        """
+        return self._step(tokens, state, segments, lambda b, x, s, g: b.chunkwise(x, s, g, chunk_size), at)
 
     def recurrent(
         self, tokens: Tensor, state: StackState, segments: Segments | None = None
@@ -238,6 +242,7 @@ class Stack(nn.Module):
         state: StackState,
         segments: Segments | None,
         form: Callable[[Block, Tensor, LayerState, Segments], tuple[Tensor, LayerState]],
+        at: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
         if tokens.shape[1] == 0:
             return self._logits(self._embedded(tokens)), state
@@ -249,6 +254,7 @@ class Stack(nn.Module):
             layers.append(after)
         length = placed.ends(state.length)
         reach = placed.furthest(state.reach, length)
+        x = x if at is None else x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
         return self._logits(x), replace(state, layers=tuple(layers), length=length, reach=reach, bound=bound)
 
     def room(self, state: StackState, segments: Segments, tokens: int) -> int:

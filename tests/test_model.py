@@ -47,6 +47,16 @@ def test_rows_may_stand_at_different_positions(build_mini: Build) -> None:
     close(step[:1], model.parallel(tokens[:1, :21])[:, -1:], 1e-12)
 
 
+@pytest.mark.parametrize("at", [[[19], [0]], [[3, 3, 7], [1, 2, 19]], [[], []]])
+def test_logits_of_some_tokens_are_those_of_all_at_their_places(build_mini: Build, at: list[list[int]]) -> None:
+    model, tokens, places = build_mini(), torch.randint(0, 256, (2, 20)), torch.tensor(at, dtype=torch.int64)
+    wanted, whole = model.chunkwise(tokens, model.init_state(2, 64))
+    some, state = model.chunkwise(tokens, model.init_state(2, 64), at=places)
+    close(some, wanted.gather(1, places[..., None].expand(-1, -1, 256)), 1e-12)
+    assert some.shape == (2, len(at[0]), 256)
+    assert all(torch.equal(a, b) for a, b in zip(state._views().values(), whole._views().values(), strict=True))
+
+
 def test_packed_documents_through_the_stack(build_mini: Build) -> None:
     model, tokens = build_mini(), torch.randint(0, 256, (1, 30))
     document = torch.tensor([[7] * 11 + [3] * 19])

@@ -19,7 +19,7 @@ from .sessions import Sessions
 CHUNK = 128
 """Tokens of a prompt that are read at once: as long others wait for their next, and so finely are prefixes shared.
 
-A prompt alone is read a fifth to a third faster by 512, as `generate` does.
+A prompt alone is read a fifth to two fifths faster in the chunks of `generate`.
 """
 
 
@@ -177,7 +177,8 @@ class Engine:
             request.read = self.prefixes.fill(request.text, self._row(slot), request.read)
         end = min(len(request.text), (request.read // self.prefill + 1) * self.prefill)
         part = self._ids([request.text[request.read : end]])
-        logits, row = self.model.chunkwise(part, replace(self._row(slot), bound=request.read))
+        at = None if request.echo else self._ids([[part.shape[1] - 1]])
+        logits, row = self.model.chunkwise(part, replace(self._row(slot), bound=request.read), at=at)
         self.state = self.state.put([slot], row)
         if self.prefixes is not None and request.opens and end % self.prefill == 0:
             self.prefixes.add(request.text[:end], row)

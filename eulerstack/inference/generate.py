@@ -15,7 +15,7 @@ from .sampling import Sampler, Sampling
 from .speculation import AHEAD, Speculation, check_draft
 from .tape import Tape
 
-PREFILL = 512
+PREFILL = 1024
 """Tokens of a prompt that are read at once: bounds the memory of a long prompt."""
 
 
@@ -119,9 +119,8 @@ def prefill(model: Stack, rows: list[list[int]], room: int = 0, *, rollback: int
         part = tokens[:, start : start + PREFILL]
         left = (lengths - start).clamp(0, part.shape[1])
         segments = Segments(real=pack_mask(left, part.shape[1])) if ragged else None
-        logits, state = model.chunkwise(part, state, segments)
-        ends = logits[torch.arange(len(rows), device=device), (left - 1).clamp(min=0)]
-        last = torch.where((left > 0)[:, None], ends, last)
+        ends, state = model.chunkwise(part, state, segments, at=(left - 1).clamp(min=0)[:, None])
+        last = torch.where((left > 0)[:, None], ends[:, 0], last)
     return last, state
 
 

@@ -113,4 +113,4 @@ class Tape:
         slots = (start[:, None] + torch.arange(count, device=start.device)) % self.tokens.shape[1]
         real = None if bool((left == count).all()) else pack_mask(left, count)
         segments = None if real is None else Segments(real=real)
-        _, self.state = self.model.chunkwise(self.tokens.gather(1, slots), self.state, segments)
+        _, self.state = self.model.chunkwise(self.tokens.gather(1, slots), self.state, segments, at=slots[:, :0])
