@@ -62,6 +62,10 @@ class Attention(CachedAttention[KVState]):
     def _over(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None, step: bool) -> Tensor:
         return self._out(self.ops.cached(q, *entries, visible, distance, self.logits()))
 
+    def _continued(self, q: Tensor, past: Entries, new: Entries) -> Tensor | None:
+        y = self.ops.continued(q, past, new, self.logits())
+        return None if y is None else self._out(y)
+
     def init_state(
         self,
         batch: int,

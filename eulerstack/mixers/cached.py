@@ -46,6 +46,10 @@ class CachedAttention(Mixer[R], Generic[R]):
     def _over(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None, step: bool) -> Tensor:
         """Queries over S entries; visible, and distance if it `measures`, [B, T, S]. `step`: T is 1 by the form."""
 
+    def _continued(self, q: Tensor, past: Entries, new: Entries) -> Tensor | None:
+        """New tokens over all of a past and among themselves, [B, T, D]; None where that takes a mask."""
+        return None
+
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)
         return segments.mask(self._whole(*self._entries(x, segments), segments))
@@ -59,6 +63,11 @@ class CachedAttention(Mixer[R], Generic[R]):
     def _chunk(self, x: Tensor, state: R, segments: Segments) -> tuple[Tensor, R]:
         """Attends to the cache and the new tokens together, before the ring is written."""
         q, new = self._entries(x, segments)
+        if self.window is None and self._abreast(segments):
+            k, v = (cache[:, : segments.bound] for cache in state.tensors().values())
+            y = self._continued(q.to(k.dtype), (k, v), (new[0].to(k.dtype), new[1].to(v.dtype)))
+            if y is not None:
+                return y.to(x.dtype), self._written(state, new, segments)
         before, past = self._cached(state, segments, segments.before(x.shape[0]), "before")
         if not segments.plain:
             before = before & (segments.label == 0)[..., None]
@@ -79,6 +88,14 @@ class CachedAttention(Mixer[R], Generic[R]):
         held, more = (cache[:, : visible.shape[2]] for cache in state.tensors().values())
         y = self._over(q.to(held.dtype), (held, more), visible, distance, step=True)
         return segments.mask(y.to(x.dtype)), state
+
+    @staticmethod
+    def _abreast(segments: Segments) -> bool:
+        """Whether all rows stand at the bound, and nothing is padded or packed; False where that costs a wait."""
+        start, bound = segments.start, segments.bound
+        if torch.is_grad_enabled() or not segments.plain or start is None or bound is None or not start.is_cpu:
+            return False
+        return bool(segments.once("abreast", lambda: (start == bound).all().item()))
 
     def _out(self, y: Tensor) -> Tensor:
         out: Tensor = self.o_proj(y.flatten(2))

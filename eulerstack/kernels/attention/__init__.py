@@ -1,6 +1,7 @@
 """Causal softmax attention. q: [B, T, H, K]; k: [B, S, Hkv, K]; v: [B, S, Hkv, V]; H / Hkv query heads share a kv head.
 
-`whole` attends among the tokens of a call, `cached` to any keys under a mask.
+`whole` attends among the tokens of a call, `cached` to any keys under a mask, `continued` to all of a past and among
+the tokens of a call, where that takes no mask.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from ..provider import Kernel
 
 
 class Attending(NamedTuple):
-    """The two functions of a provider."""
+    """The three functions of a provider."""
 
     whole: Kernel
     cached: Kernel
+    continued: Kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,3 +31,8 @@ class Logits:
     softcap: float | None = None
     slopes: Tensor | None = None
     sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are scaled, and no more."""
+        return self.softcap is None and self.slopes is None and self.sinks is None

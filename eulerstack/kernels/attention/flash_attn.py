@@ -13,7 +13,7 @@ from ...segments import Segments
 from ..precision import without_autocast
 from ..provider import Provider, Target, on_gpu
 from . import Attending, Logits
-from .torch import cached
+from .torch import cached, continued
 
 
 @without_autocast
@@ -66,4 +66,4 @@ def refuses(
     return on_gpu(target)
 
 
-PROVIDER = Provider(Attending(whole, cached), refuses)
+PROVIDER = Provider(Attending(whole, cached, continued), refuses)

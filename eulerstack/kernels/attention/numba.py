@@ -23,7 +23,7 @@ def cached(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, distance: Tensor | None, logits: Logits, drop: float = 0.0
 ) -> Tensor:
     """PyTorch's; one query of float32 a row, [B, 1, H, K], with plain logits, by the loops below."""
-    plain = logits.softcap is None and logits.slopes is None and logits.sinks is None and not drop
+    plain = logits.plain and not drop
     if not plain or not _fits(q, k, v) or not readable(q, k, v) or not (_together(k) and _together(v)):
         return reference.cached(q, k, v, visible, distance, logits, drop)
     (B, S, G, K), H, V = k.shape, q.shape[2], v.shape[3]
@@ -103,4 +103,4 @@ def _sum(weights: Any, values: Any, step: Any, y: Any, first: Any, last: Any) ->
                     out[i] += weight * value[i]
 
 
-PROVIDER = Provider(Attending(reference.whole, cached), openmp_refuses)
+PROVIDER = Provider(Attending(reference.whole, cached, reference.continued), openmp_refuses)
