@@ -62,7 +62,7 @@ def test_any_stack_writes_what_recomputing_gives(way: str, spec: es.StackSpec, l
 @pytest.mark.slow
 @ways
 @settings(max_examples=400, **DRAWN)
-@given(spec=stacks(), seed=st.integers(0, 99), lengths=st.lists(st.integers(1, 50), min_size=1, max_size=4))
+@given(spec=stacks(), seed=st.integers(0, 99), lengths=st.lists(st.integers(1, ROOM - 16), min_size=1, max_size=4))
 def test_any_stack_writes_what_recomputing_gives_at_length(
     way: str, spec: es.StackSpec, seed: int, lengths: list[int]
 ) -> None:
