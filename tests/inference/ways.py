@@ -48,11 +48,25 @@ def check(model: es.Stack, got: Written, greedy: bool = True) -> None:
     wanted = recomputed(model, got.prompt, got.tokens)
     assert got.logits.shape == wanted.shape
     error = (got.logits.log_softmax(-1) - wanted.log_softmax(-1)).abs().amax(-1) / wanted.abs().max()
-    assert bool((error <= LOGITS).all()), f"{error.tolist()} of the largest logit"
+    allowed = torch.full_like(error, LOGITS)
+    if bool((error > LOGITS).any()):
+        allowed = allowed.maximum(10 * rounding(model, got, wanted))
+    assert bool((error <= allowed).all()), f"{error.tolist()} of the largest logit, not {allowed.tolist()}"
     if greedy:
         best = wanted.topk(2)
         sure = best.values[:, 0] - best.values[:, 1] > SURE
         assert torch.equal(torch.tensor(got.tokens)[sure], best.indices[:, 0][sure])
+
+
+def rounding(model: es.Stack, got: Written, wanted: Tensor) -> Tensor:
+    """[n]: how far the reference itself is off float64's, of the largest logit.
+
+    A group norm of a sum that nearly cancels, drawn once in a thousand stacks, makes much of little.
+    """
+    exact = es.build(model.spec, dtype=torch.float64).eval()
+    exact.load_state_dict(model.state_dict())
+    true = recomputed(exact, got.prompt, got.tokens)
+    return ((wanted.log_softmax(-1) - true.log_softmax(-1)).abs().amax(-1) / true.abs().max()).to(wanted.dtype)
 
 
 def distribution(tokens: list[Token], vocab: int) -> Tensor:
