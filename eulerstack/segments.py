@@ -190,9 +190,7 @@ class Segments:
                 raise ValueError(f"segments.{name} has shape {tuple(value.shape)}; these tokens need {shape}")
             if name != "document" and value.dtype != torch.bool:
                 raise ValueError(f"segments.{name} is {value.dtype}; make it torch.bool")
-        if self.real is not None and bool(
-            (self.real.long().diff(dim=1).abs().sum(1) + self.real[:, 0] + self.real[:, -1] > 2).any()
-        ):
+        if self.real is not None and tokens > 2 and bool(_holes(self.real).any()):
             raise ValueError(
                 "segments.real has a hole: the real tokens of a row must be contiguous (pad left or right)"
             )
@@ -228,6 +226,11 @@ def _documents(segments: Segments, batch: int) -> Documents:
     row = starts // max(tokens, 1)
     last = torch.full((batch,), -1, device=device).scatter_reduce(0, row, torch.arange(len(row), device=device), "amax")
     return Documents(place, bounds, row, label.flatten()[starts] == 0, last)
+
+
+def _holes(real: Tensor) -> Tensor:
+    """[B] whether padding lies between a row's real tokens."""
+    return real.long().diff(dim=1).abs().sum(1) + real[:, 0] + real[:, -1] > 2
 
 
 def _begins(label: Tensor) -> Tensor:

@@ -268,7 +268,8 @@ class StackState:
                     raise ValueError(
                         f"cannot restore: the state holds {tuple(mine.shape)}, the snapshot {tuple(theirs.shape)}"
                     )
-                mine.copy_(theirs)
+                if not theirs.is_set_to(mine):
+                    mine.copy_(theirs)
         return replace(self, bound=snapshot.bound)
 
     def put(self, rows: Tensor | Sequence[int], other: "StackState") -> "StackState":

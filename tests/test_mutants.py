@@ -83,6 +83,12 @@ ENGINES = {
         "inference/generate.py", "last = torch.where((left > 0)[:, None], ends, last)", "last = ends"),
     "positions count padding on the left": (
         "segments.py", "offset = torch.where(begins, index, 0)", "offset = torch.where(begins & (label > 0), index, 0)"),
+    "a recorded step is given the tokens it was recorded with": (
+        "inference/steps.py", "found.tokens.copy_(tokens)", "pass"),
+    "a recorded step feeds the rows it was recorded with": (
+        "inference/steps.py", "found.real.copy_(real)", "pass"),
+    "a recorded step reads no further than it was recorded for": (
+        "inference/steps.py", "same and self.room == _room(state)", "same"),
     "a window's ring is one slot short": (
         "mixers/cached.py", "ring = None if self.window is None else self.window + rollback", "ring = None if self.window is None else max(1, self.window + rollback - 1)"),
     "a loaded state forgets how far it reaches": (

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..model import Stack
-from ..segments import Segments
 from ..state import Saved, StackState
 from .generate import check_prompts
 from .prefix import PrefixStore
 from .sampling import Sampler, Sampling, Token, told
 from .sessions import Sessions
+from .steps import Steps
 
 CHUNK = 128
 """Tokens of a prompt that are read at once: as long others wait for their next, and so finely are prefixes shared.
@@ -93,6 +93,7 @@ class Engine:
         if self.slots < 1:
             raise ValueError(f"budget = {budget} bytes do not hold one slot of {each}: raise it, or lower max_tokens")
         self.state = model.init_state(self.slots, max_tokens)
+        self.one_more = Steps(model)
         device = model.embedding.weight.device
         self.sampler = Sampler(self.slots, model.spec.model.vocab_size, device)
         self.prefixes = None if prefix_bytes is None else PrefixStore(prefix_bytes, prefill, model.flops)
@@ -200,10 +201,10 @@ class Engine:
         real = torch.zeros(self.slots, 1, dtype=torch.bool, device=self.sampler.device)
         real[rows] = True
         bound = max(request.length for request in self.active.values())
-        segments = None if len(rows) == self.slots else Segments(real=real)
-        logits, self.state = self.model.recurrent(self._ids(ids), replace(self.state, bound=bound), segments)
+        all_real = len(rows) == self.slots
+        logits, self.state = self.one_more(self._ids(ids), replace(self.state, bound=bound), None if all_real else real)
         requests = [self.active[slot] for slot in rows]
-        for request, token in zip(requests, self.sampler(logits[rows, -1], rows), strict=True):
+        for request, token in zip(requests, self.sampler(logits[rows], rows), strict=True):
             self._take(request, token)
         return requests
 

@@ -13,6 +13,7 @@ from ..segments import Segments, pack_mask
 from ..state import StackState
 from .sampling import Sampler, Sampling
 from .speculation import AHEAD, Speculation, check_draft
+from .steps import Steps
 from .tape import Tape
 
 PREFILL = 1024
@@ -62,6 +63,7 @@ def _steps(
     with torch.inference_mode():
         logits, state = prefill(model, rows, count)
         chosen = sample(logits, range(len(rows)))
+    step = Steps(model)
     for left in reversed(range(count)):
         yield [token if live else None for token, live in zip(chosen, alive, strict=True)]
         alive = [live and token not in stop for token, live in zip(chosen, alive, strict=True)]
@@ -69,8 +71,8 @@ def _steps(
             return
         with torch.inference_mode():
             ids = torch.tensor(chosen, device=logits.device)
-            out, state = model.recurrent(ids[:, None], state)
-            chosen = sample(out[:, -1], range(len(rows)))
+            logits, state = step(ids[:, None], state)
+            chosen = sample(logits, range(len(rows)))
 
 
 def _speculated(

@@ -5,8 +5,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
+from threading import local
 from typing import Any
 
 import numba
@@ -30,6 +31,15 @@ def compiled(function: Loop) -> Loop:
     return made
 
 
+class _Heard(local):
+    """`by`: who wants to hear of all that runs in this thread without PyTorch's knowing (recording.py)."""
+
+    by: Any = None
+
+
+heard = _Heard()
+
+
 def spread(loop: Loop, count: int, *rest: Any) -> None:
     """loop(begin, end, *rest) over 0 .. count - 1, a share for each of PyTorch's threads.
 
@@ -37,6 +47,8 @@ def spread(loop: Loop, count: int, *rest: Any) -> None:
     """
     if any(array is None for array in rest):
         return
+    if heard.by is not None:
+        heard.by.call(partial(spread, loop, count, *rest))
     shares = max(1, min(torch.get_num_threads(), count))
     *others, mine = pairwise([count * i // shares for i in range(shares + 1)])
     waiting = [_pool().submit(loop, *share, *rest) for share in others]
@@ -102,6 +114,8 @@ def on_openmp(function: int, tensors: Sequence[Tensor], sizes: Sequence[int], th
     """Run a `shared` function on the numbers of contiguous tensors, and wait for it."""
     given = (ctypes.c_int64 * len(sizes))(*sizes)
     pointers = (ctypes.c_void_p * (1 + len(tensors)))(ctypes.addressof(given), *[t.data_ptr() for t in tensors])
+    if heard.by is not None:
+        heard.by.loop(function, pointers, threads, given, tensors)
     openmp()(function, pointers, threads, 0)
 
 
@@ -124,7 +138,8 @@ def view(*tensors: Tensor) -> list[Any]:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(f"these kernels were chosen for a CPU, and got a tensor on {tensor.device}: {_FIX}")
-    return [tensor.detach().numpy() if has_memory(tensor) else None for tensor in tensors]
+    with torch._C.DisableTorchFunction():
+        return [tensor.detach().numpy() if has_memory(tensor) else None for tensor in tensors]
 
 
 _FIX = "build the stack for the device it runs on, build(spec, device=...), or with kernels='torch'"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import eulerstack as es
+from eulerstack.inference import steps
 from eulerstack.inference.engine import Engine, Request
 from eulerstack.inference.generate import prefill
 from eulerstack.inference.sampling import Sampler, Sampling
@@ -34,7 +35,8 @@ def texts(*lengths: int) -> list[list[int]]:
 
 
 def agree(model: es.Stack, way: str, prompts: list[list[int]], count: int) -> None:
-    with torch.inference_mode():
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "SPAN", 8)  # so that texts outgrow several
         for written in WAYS[way](model, prompts, count):
             check(model, written)
 

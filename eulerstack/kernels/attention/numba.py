@@ -54,14 +54,23 @@ def _all_rows(pointers: Any) -> None:
     keys: Any = carray(pointers[2], (B - 1) * k_row + (S - 1) * k_token + G * K, np.float32)
     values: Any = carray(pointers[3], (B - 1) * v_row + (S - 1) * v_token + G * V, np.float32)
     seen, scale = carray(pointers[4], (B, S), np.uint8), carray(pointers[5], 1, np.float32)
-    begin, end = this_share(B * G)
+    begin, end = this_share(B * G)  # of all, whatever is seen: a recording may be run for any number of slots
     while begin < end:
         b, first = begin // G, begin % G
         last = min(G, first + end - begin)
-        weights = np.empty(((last - first) * (H // G), S), np.float32)
+        weights = np.empty(((last - first) * (H // G), _used(seen[b])), np.float32)
         _weigh(q[b], keys[b * k_row :], k_token, seen[b], scale[0], weights, first, last)
         _sum(weights, values[b * v_row :], v_token, y[b], first, last)
         begin += last - first
+
+
+@compiled
+def _used(seen: Any) -> Any:
+    """How many slots there are up to the last that is seen; sums do not depend on how many follow."""
+    used = seen.shape[0]
+    while used > 0 and not seen[used - 1]:
+        used -= 1
+    return used
 
 
 @compiled

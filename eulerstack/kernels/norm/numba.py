@@ -7,7 +7,7 @@ import torch
 from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
-from ..compiled import compiled, on_openmp, openmp_refuses, readable, shared
+from ..compiled import compiled, on_openmp, openmp_refuses, readable, shared, this_share
 from ..linear import FEW
 from ..provider import Provider
 from . import RMS_EPS
@@ -31,7 +31,8 @@ def _all_rows(pointers: Any) -> None:
     rows, groups, width = sizes
     weight = carray(pointers[2], (groups, width), np.float32)
     x, y = carray(pointers[1], (rows, width), np.float32), carray(pointers[3], (rows, width), np.float32)
-    for row in range(rows):
+    begin, end = this_share(rows)
+    for row in range(begin, end):
         _one_row(x[row], weight[row % groups], y[row])
 
 

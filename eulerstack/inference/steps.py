@@ -1,0 +1,108 @@
+"""Steps of one token: on a CPU recorded once and replayed, on memory that stays where it is."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model import Stack
+from ..segments import Segments
+from ..state import StackState
+
+WARM = 3  # steps before one is recorded, which takes as long as three
+SPAN = 128  # rows are read in so many tokens at once, or an eighth of theirs
+
+
+class _Recorded(NamedTuple):
+    """A program, and what it reads and writes. room: how many tokens rows may hold after it."""
+
+    program: Callable[[], None]
+    state: StackState
+    tokens: Tensor
+    real: Tensor | None
+    logits: Tensor
+    room: int
+
+    def serves(self, state: StackState) -> bool:
+        mine = self.state
+        same = mine.layers is state.layers and mine.length is state.length and mine.reach is state.reach
+        return same and self.room == _room(state)
+
+
+class Steps:
+    """A model's `recurrent`, called many times with what it returned.
+
+    A step is recorded when some were taken, and again when rows outgrow what it was recorded for; one that looks at
+    numbers, as experts do that choose by them, never is. Recorded or not, rows are read up to the same bound, so that
+    the numbers are the same. The logits stand until the next step.
+    """
+
+    def __init__(self, model: Stack) -> None:
+        self.model = model
+        self.left: float = WARM  # steps before the first recording
+        self.recorded: dict[bool, _Recorded] = {}
+
+    def __call__(self, tokens: Tensor, state: StackState, real: Tensor | None = None) -> tuple[Tensor, StackState]:
+        """Logits [B, V] of one token more, tokens [B, 1], and the state after it; real: [B, 1] bool."""
+        found = self.recorded.get(real is None)
+        self.left -= 1
+        if found is not None and found.serves(state):
+            logits, after = self._replayed(found, tokens, real), state
+        elif self.left < 0 and (recording := self._recording()) is not None:
+            logits, after = self._recorded(recording, tokens, state, real)
+        else:
+            logits, after = self._taken(tokens, state, real)
+        return logits, replace(after, bound=state.bound + 1)
+
+    def _recording(self) -> Any:
+        """What records, where that can be."""
+        weight = self.model.embedding.weight
+        plain = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        return _recordings() if plain and weight.is_cpu and type(weight) is torch.nn.Parameter else None
+
+    def _taken(self, tokens: Tensor, state: StackState, real: Tensor | None) -> tuple[Tensor, StackState]:
+        state = replace(state, bound=_room(state) - 1)
+        logits, after = self.model.recurrent(tokens, state, None if real is None else Segments(real=real))
+        return logits[:, -1], after
+
+    def _replayed(self, found: _Recorded, tokens: Tensor, real: Tensor | None) -> Tensor:
+        found.tokens.copy_(tokens)
+        if found.real is not None and real is not None:
+            found.real.copy_(real)
+        found.program()
+        return found.logits
+
+    def _recorded(
+        self, recording: Any, tokens: Tensor, state: StackState, real: Tensor | None
+    ) -> tuple[Tensor, StackState]:
+        """The step; what it returns anew is written back where it was."""
+        self.recorded.pop(real is None, None)
+        tokens, real = tokens.clone(), None if real is None else real.clone()
+        with recording:
+            logits, after = self._taken(tokens, state, real)
+            state.restore(after)
+        if recording.refused:
+            self.left = math.inf
+        else:
+            self.recorded[real is None] = _Recorded(recording.program(), state, tokens, real, logits, _room(state))
+        return logits, state
+
+
+def _room(state: StackState) -> int:
+    """The tokens up to which a step reads rows: a whole number of spans, and no more than they can hold."""
+    span = max(SPAN, 1 << state.bound.bit_length() >> 4)
+    room = (state.bound // span + 1) * span
+    return max(state.bound + 1, min(room, state.max_tokens)) if state.bounded else room
+
+
+def _recordings() -> Any:
+    """A new Recording; None without Numba or GNU's OpenMP."""
+    try:
+        from ..kernels.compiled import openmp  # noqa: PLC0415 - Numba is an extra
+        from ..kernels.recording import Recording  # noqa: PLC0415
+    except ImportError:
+        return None
+    return None if openmp() is None else Recording()

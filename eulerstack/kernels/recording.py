@@ -1,0 +1,211 @@
+"""A step of decoding on a CPU, recorded once and run again and again, as a CUDA graph is.
+
+A step of a small stack is some hundred operations, and Python takes longer to ask for them than the CPU to do them.
+What a recording saw it does again on the same memory, in the same order: loops of ours that follow each other in one
+parallel region, PyTorch's operations with their results where they were.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import groupby
+from typing import Any, NamedTuple, Self
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .compiled import heard, openmp, shared
+
+Entry = Callable[[], Any]
+
+READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+"""What takes numbers out of tensors without PyTorch's dispatcher, so that it goes unseen."""
+
+
+class Loop(NamedTuple):
+    """A `shared` function on fixed pointers."""
+
+    function: int
+    pointers: Any
+    threads: int
+
+
+class Recording(TorchDispatchMode):
+    """What runs in this thread while it is entered, as one Program.
+
+    refused: whether something was seen that another time might do otherwise: a number was read, a shape or a path
+    depends on one, or one was drawn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[Loop | Entry] = []
+        self.kept: list[Any] = []
+        self.refused = False
+        self._reads = _Reads(self)
+
+    def __enter__(self) -> Self:
+        heard.by = self
+        self._reads.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._reads.__exit__(*error)
+        heard.by = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.refused = self.refused or _uncertain(func, args)
+        self.kept.append((args, kwargs, result))
+        self.entries.extend(_again(func, args, kwargs or {}, result))
+        return result
+
+    def loop(self, function: int, pointers: Any, threads: int, *kept: Any) -> None:
+        """A loop of ours ran on PyTorch's threads."""
+        self.entries.append(Loop(function, pointers, threads))
+        self.kept.append(kept)
+
+    def call(self, entry: Entry) -> None:
+        """Something else of ours ran, which holds what it needs."""
+        self.entries.append(entry)
+
+    def program(self) -> "Program":
+        return Program(self.entries, self.kept)
+
+
+class _Reads(TorchFunctionMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.recording.refused = self.recording.refused or func in READS
+        return func(*args, **(kwargs or {}))
+
+
+class Program:
+    """Recorded entries on the memory that they were recorded on."""
+
+    def __init__(self, entries: Sequence[Loop | Entry], kept: Any) -> None:
+        self._kept = kept
+        self._entries: list[Entry] = []
+        for loops, run in groupby(entries, lambda entry: isinstance(entry, Loop)):
+            several: Any = [*run]
+            self._entries.extend([_region(several)] if loops else several)
+
+    def __call__(self) -> None:
+        for entry in self._entries:
+            entry()
+
+
+def _uncertain(func: Any, args: Any) -> bool:
+    """Whether the operation looks at numbers, or draws some."""
+    given = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    tells = any("Tensor" not in str(returned.type) for returned in func._schema.returns)
+    shapes = torch.Tag.dynamic_output_shape in func.tags
+    if func._overloadpacket is torch.ops.aten.index:  # by numbers, it is of their shape
+        shapes = any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
+    drawn = torch.Tag.nondeterministic_seeded in func.tags
+    return shapes or drawn or (tells and bool(given) and func is not torch.ops.aten.is_set_to.default)
+
+
+def _again(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Iterator[Entry]:
+    """What does the operation again: nothing, for a view, and for memory that is not filled."""
+    results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    if func is torch.ops.aten.detach_.default:
+        return
+    if _writes(func):
+        yield partial(func, *args, **kwargs)
+    elif _is_view(results, args) or "empty" in func._overloadpacket.__name__:
+        return
+    elif (found := _out_variant(func)) is not None:
+        into, name = found
+        yield partial(into, *args, **{k: v for k, v in kwargs.items() if k not in FACTORY}, **{name: results[0]})
+    else:
+        yield partial(_copied, func, args, kwargs, results)
+
+
+def _copied(func: Any, args: Any, kwargs: dict[str, Any], into: list[Tensor]) -> None:
+    new = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+    for old, now in zip(into, new, strict=True):
+        assert old.shape == now.shape, f"{func} made {tuple(now.shape)} of what gave {tuple(old.shape)}"
+        old.copy_(now)
+
+
+def _is_view(results: list[Tensor], args: Any) -> bool:
+    """Whether the result lies in the memory of what was given."""
+    given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor) and t.numel()}
+    return all(not t.numel() or t.untyped_storage().data_ptr() in given for t in results)
+
+
+@cache
+def _writes(func: Any) -> bool:
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments)
+
+
+FACTORY = {"dtype", "layout", "device", "pin_memory"}
+"""What a variant that writes into a given tensor need not be told."""
+
+
+@cache
+def _out_variant(func: Any) -> tuple[Any, str] | None:
+    """The same operation writing into a tensor, and the name of that argument."""
+    for name in func._overloadpacket.overloads():
+        other = getattr(func._overloadpacket, name)
+        into = [a.name for a in other._schema.arguments if a.is_out]
+        if len(into) == len(func._schema.returns) == 1 and _given(other) == _given(func):
+            return other, into[0]
+    return None
+
+
+def _given(func: Any) -> list[tuple[str, str]]:
+    """Names and types of what an operation is given."""
+    return [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out and a.name not in FACTORY]
+
+
+def _region(loops: list[Loop]) -> Entry:
+    """Loops one after the other in one parallel region, whose threads wait for each other between them."""
+    addresses = [address for loop in loops for address in (loop.function, ctypes.addressof(loop.pointers))]
+    table = (ctypes.c_int64 * (1 + len(addresses)))(len(loops), *addresses)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(table))
+    return partial(_run, shared(_all_loops), pointers, max(loop.threads for loop in loops), (table, loops))
+
+
+def _run(function: int, pointers: Any, threads: int, kept: Any) -> None:
+    openmp()(function, pointers, threads, 0)
+
+
+def _all_loops(pointers: Any) -> None:
+    count: Any = carray(pointers[0], 1, np.int64)
+    table: Any = carray(pointers[0], 1 + 2 * count[0], np.int64)
+    for i in range(count[0]):
+        _call(table[1 + 2 * i], table[2 + 2 * i])
+        _wait()
+
+
+_wait: Any = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+def _called(_: Any, function: Any, argument: Any) -> Any:
+    """Call the C function at an address with a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        called = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [pointer]).as_pointer())
+        builder.call(called, [builder.inttoptr(args[1], pointer)])
+        return context.get_dummy_value()
+
+    return numba.void(numba.int64, numba.int64), generate
+
+
+_call: Any = intrinsic(_called)
