@@ -13,7 +13,7 @@ from ..segments import Segments
 from ..state import StackState
 
 WARM = 3  # steps before one is recorded, which takes as long as three
-SPAN = 128  # rows are read in so many tokens at once, or an eighth of theirs
+SPAN = 256  # rows are read in so many tokens at once, or an eighth of theirs
 
 
 class _Recorded(NamedTuple):

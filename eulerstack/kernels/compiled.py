@@ -122,11 +122,11 @@ def on_openmp(function: int, tensors: Sequence[Tensor], sizes: Sequence[int], th
 @compiled
 def this_share(count: Any) -> Any:
     """begin and end of the part of 0 .. count - 1 that is this thread's."""
-    this, threads = _thread(), _threads()
+    this, threads = this_thread(), _threads()
     return count * this // threads, count * (this + 1) // threads
 
 
-_thread: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+this_thread: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
 _threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 

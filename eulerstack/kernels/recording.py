@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import groupby
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numba
 import numpy as np
@@ -20,22 +20,15 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from .compiled import heard, openmp, shared
+from .compiled import heard, openmp, shared, this_thread
+from .small import Loop, loops
 
+aten = torch.ops.aten
 Entry = Callable[[], Any]
 
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 """What takes numbers out of tensors without PyTorch's dispatcher, so that it goes unseen."""
-
-
-class Loop(NamedTuple):
-    """A `shared` function on fixed pointers."""
-
-    function: int
-    pointers: Any
-    threads: int
 
 
 class Recording(TorchDispatchMode):
@@ -64,16 +57,16 @@ class Recording(TorchDispatchMode):
         heard.by = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.refused = self.refused or _uncertain(func, args)
-        self.kept.append((args, kwargs, result))
-        self.entries.extend(_again(func, args, kwargs or {}, result))
+        with torch._C.DisableTorchFunction():
+            result = func(*args, **(kwargs or {}))
+            self.refused = self.refused or _uncertain(func, args)
+            self.kept.append((args, kwargs, result))
+            self.entries.extend(_again(func, args, kwargs or {}, result))
         return result
 
     def loop(self, function: int, pointers: Any, threads: int, *kept: Any) -> None:
         """A loop of ours ran on PyTorch's threads."""
-        self.entries.append(Loop(function, pointers, threads))
-        self.kept.append(kept)
+        self.entries.append(Loop(function, pointers, threads, kept))
 
     def call(self, entry: Entry) -> None:
         """Something else of ours ran, which holds what it needs."""
@@ -94,40 +87,59 @@ class _Reads(TorchFunctionMode):
 
 
 class Program:
-    """Recorded entries on the memory that they were recorded on."""
+    """Recorded entries on the memory that they were recorded on.
+
+    Raises IndexError where PyTorch would, for a place that a tensor does not have.
+    """
 
     def __init__(self, entries: Sequence[Loop | Entry], kept: Any) -> None:
         self._kept = kept
+        self._failed = [entry.failed for entry in entries if isinstance(entry, Loop) and entry.alone]
         self._entries: list[Entry] = []
-        for loops, run in groupby(entries, lambda entry: isinstance(entry, Loop)):
+        for small, run in groupby(entries, lambda entry: isinstance(entry, Loop)):
             several: Any = [*run]
-            self._entries.extend([_region(several)] if loops else several)
+            self._entries.extend([_region(several)] if small else several)
 
     def __call__(self) -> None:
         for entry in self._entries:
             entry()
+        if any(failed[0] for failed in self._failed):
+            raise IndexError("a recorded step was to write where a tensor has no place")
 
 
 def _uncertain(func: Any, args: Any) -> bool:
     """Whether the operation looks at numbers, or draws some."""
-    given = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    if func._overloadpacket is aten.index:  # by numbers, the result is of their shape
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+    return _looks(func)
+
+
+@cache
+def _looks(func: Any) -> bool:
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded} & set(func.tags)
+    given = any("Tensor" in str(argument.type) for argument in func._schema.arguments)
     tells = any("Tensor" not in str(returned.type) for returned in func._schema.returns)
-    shapes = torch.Tag.dynamic_output_shape in func.tags
-    if func._overloadpacket is torch.ops.aten.index:  # by numbers, it is of their shape
-        shapes = any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
-    drawn = torch.Tag.nondeterministic_seeded in func.tags
-    return shapes or drawn or (tells and bool(given) and func is not torch.ops.aten.is_set_to.default)
+    return bool(tags) or (given and tells and func is not aten.is_set_to.default)
 
 
-def _again(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Iterator[Entry]:
-    """What does the operation again: nothing, for a view, and for memory that is not filled."""
-    results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-    if func is torch.ops.aten.detach_.default:
+def _tensors(given: Any) -> list[Tensor]:
+    """The tensors among arguments or results, and in their lists."""
+    if isinstance(given, Tensor):
+        return [given]
+    return [t for one in given for t in _tensors(one)] if isinstance(given, list | tuple) else []
+
+
+def _again(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Iterator[Loop | Entry]:
+    """What does the operation again: nothing, for a view, for what is not filled, and for what is always the same."""
+    results = _tensors(result)
+    if func in SETTLED or "empty" in func._overloadpacket.__name__:
         return
-    if _writes(func):
+    if not _writes(func) and _is_view(results, args):
+        return
+    if (small := loops(func, args, kwargs, result)) is not None:
+        yield from small
+    elif _writes(func):
         yield partial(func, *args, **kwargs)
-    elif _is_view(results, args) or "empty" in func._overloadpacket.__name__:
-        return
     elif (found := _out_variant(func)) is not None:
         into, name = found
         yield partial(into, *args, **{k: v for k, v in kwargs.items() if k not in FACTORY}, **{name: results[0]})
@@ -135,8 +147,12 @@ def _again(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Iterato
         yield partial(_copied, func, args, kwargs, results)
 
 
+SETTLED = {aten.detach_.default, aten.arange.default, aten.arange.start, aten.arange.start_step}
+"""What need not be done again: nobody writes into a range."""
+
+
 def _copied(func: Any, args: Any, kwargs: dict[str, Any], into: list[Tensor]) -> None:
-    new = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
+    new = _tensors(func(*args, **kwargs))
     for old, now in zip(into, new, strict=True):
         assert old.shape == now.shape, f"{func} made {tuple(now.shape)} of what gave {tuple(old.shape)}"
         old.copy_(now)
@@ -144,7 +160,7 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any], into: list[Tensor]) ->
 
 def _is_view(results: list[Tensor], args: Any) -> bool:
     """Whether the result lies in the memory of what was given."""
-    given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor) and t.numel()}
+    given = {t.untyped_storage().data_ptr() for t in _tensors(args) if t.numel()}
     return all(not t.numel() or t.untyped_storage().data_ptr() in given for t in results)
 
 
@@ -175,8 +191,8 @@ def _given(func: Any) -> list[tuple[str, str]]:
 
 def _region(loops: list[Loop]) -> Entry:
     """Loops one after the other in one parallel region, whose threads wait for each other between them."""
-    addresses = [address for loop in loops for address in (loop.function, ctypes.addressof(loop.pointers))]
-    table = (ctypes.c_int64 * (1 + len(addresses)))(len(loops), *addresses)
+    fields = [(loop.function, ctypes.addressof(loop.pointers), loop.alone) for loop in loops]
+    table = (ctypes.c_int64 * (1 + 3 * len(loops)))(len(loops), *(field for loop in fields for field in loop))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(table))
     return partial(_run, shared(_all_loops), pointers, max(loop.threads for loop in loops), (table, loops))
 
@@ -187,10 +203,15 @@ def _run(function: int, pointers: Any, threads: int, kept: Any) -> None:
 
 def _all_loops(pointers: Any) -> None:
     count: Any = carray(pointers[0], 1, np.int64)
-    table: Any = carray(pointers[0], 1 + 2 * count[0], np.int64)
+    table: Any = carray(pointers[0], 1 + 3 * count[0], np.int64)
+    before = True
     for i in range(count[0]):
-        _call(table[1 + 2 * i], table[2 + 2 * i])
-        _wait()
+        alone = table[3 + 3 * i] != 0
+        if not (alone and before):
+            _wait()
+        if not alone or this_thread() == 0:
+            _call(table[1 + 3 * i], table[2 + 3 * i])
+        before = alone
 
 
 _wait: Any = types.ExternalFunction("GOMP_barrier", types.void())
