@@ -35,19 +35,22 @@ class _Recorded(NamedTuple):
 class Steps:
     """A model's `recurrent`, called many times with what it returned.
 
-    A step is recorded when some were taken, and again when rows outgrow what it was recorded for; one that looks at
-    numbers, as experts do that choose by them, never is. Recorded or not, rows are read up to the same bound, so that
-    the numbers are the same. The logits stand until the next step.
+    A step is recorded when some were taken, and again when rows outgrow what it was recorded for. Never recorded is one
+    that looks at numbers, as experts do that choose by them, that hooks look at, or of mixers that are not ours, which
+    may compute where PyTorch does not see it. Recorded or not, rows are read up to the same bound, so that the numbers
+    are the same. The logits stand until the next step.
     """
 
     def __init__(self, model: Stack) -> None:
         self.model = model
-        self.left: float = WARM  # steps before the first recording
+        self.hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        known = all(type(m).__module__.split(".")[0] in ("eulerstack", "torch") for m in model.modules())
+        self.left = WARM if known else math.inf  # steps before the first recording
         self.recorded: dict[bool, _Recorded] = {}
 
     def __call__(self, tokens: Tensor, state: StackState, real: Tensor | None = None) -> tuple[Tensor, StackState]:
         """Logits [B, V] of one token more, tokens [B, 1], and the state after it; real: [B, 1] bool."""
-        found = self.recorded.get(real is None)
+        found = None if any(self.hooks) else self.recorded.get(real is None)
         self.left -= 1
         if found is not None and found.serves(state):
             logits, after = self._replayed(found, tokens, real), state
@@ -60,7 +63,7 @@ class Steps:
     def _recording(self) -> Any:
         """What records, where that can be."""
         weight = self.model.embedding.weight
-        plain = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        plain = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu") and not any(self.hooks)
         return _recordings() if plain and weight.is_cpu and type(weight) is torch.nn.Parameter else None
 
     def _taken(self, tokens: Tensor, state: StackState, real: Tensor | None) -> tuple[Tensor, StackState]:

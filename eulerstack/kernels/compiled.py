@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache, partial
 from itertools import pairwise
 from threading import local
@@ -138,7 +139,7 @@ def view(*tensors: Tensor) -> list[Any]:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(f"these kernels were chosen for a CPU, and got a tensor on {tensor.device}: {_FIX}")
-    with torch._C.DisableTorchFunction():
+    with nullcontext() if heard.by is None else torch._C._DisableTorchDispatch():  # `spread` tells what is done to them
         return [tensor.detach().numpy() if has_memory(tensor) else None for tensor in tensors]
 
 

@@ -18,7 +18,6 @@ from llvmlite import ir
 from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .compiled import heard, openmp, shared, this_thread
@@ -27,12 +26,9 @@ from .small import Loop, loops
 aten = torch.ops.aten
 Entry = Callable[[], Any]
 
-READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
-"""What takes numbers out of tensors without PyTorch's dispatcher, so that it goes unseen."""
-
 
 class Recording(TorchDispatchMode):
-    """What runs in this thread while it is entered, as one Program.
+    """What runs in this thread, in inference mode, while it is entered, as one Program.
 
     refused: whether something was seen that another time might do otherwise: a number was read, a shape or a path
     depends on one, or one was drawn.
@@ -43,25 +39,21 @@ class Recording(TorchDispatchMode):
         self.entries: list[Loop | Entry] = []
         self.kept: list[Any] = []
         self.refused = False
-        self._reads = _Reads(self)
 
     def __enter__(self) -> Self:
         heard.by = self
-        self._reads.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._reads.__exit__(*error)
         heard.by = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        with torch._C.DisableTorchFunction():
-            result = func(*args, **(kwargs or {}))
-            self.refused = self.refused or _uncertain(func, args)
-            self.kept.append((args, kwargs, result))
-            self.entries.extend(_again(func, args, kwargs or {}, result))
+        result = func(*args, **(kwargs or {}))
+        self.refused = self.refused or _uncertain(func, args)
+        self.kept.append((args, kwargs, result))
+        self.entries.extend(_again(func, args, kwargs or {}, result))
         return result
 
     def loop(self, function: int, pointers: Any, threads: int, *kept: Any) -> None:
@@ -74,16 +66,6 @@ class Recording(TorchDispatchMode):
 
     def program(self) -> "Program":
         return Program(self.entries, self.kept)
-
-
-class _Reads(TorchFunctionMode):
-    def __init__(self, recording: Recording) -> None:
-        super().__init__()
-        self.recording = recording
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.recording.refused = self.recording.refused or func in READS
-        return func(*args, **(kwargs or {}))
 
 
 class Program:
@@ -119,7 +101,8 @@ def _looks(func: Any) -> bool:
     tags = {torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded} & set(func.tags)
     given = any("Tensor" in str(argument.type) for argument in func._schema.arguments)
     tells = any("Tensor" not in str(returned.type) for returned in func._schema.returns)
-    return bool(tags) or (given and tells and func is not aten.is_set_to.default)
+    read = func is aten.resolve_conj.default  # what `tolist` and `numpy` begin with
+    return read or bool(tags) or (given and tells and func is not aten.is_set_to.default)
 
 
 def _tensors(given: Any) -> list[Tensor]:

@@ -2,8 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from eulerstack.inference.steps import Steps
 from .subjects import MINIS, mini
 
 pytest.importorskip("numba")
-recording = pytest.importorskip("eulerstack.kernels.recording")
 
 EXPERTS = ["every_mixer_mini", *(name for name in MINIS if "moe" in name or "jamba" in name)]
 QUICK = ["arch_expert_falcon_h1_mini", "arch_expert_research_mini", "arch_expert_striped_hyena_mini", *EXPERTS[:1]]
@@ -86,6 +84,30 @@ def test_a_state_from_elsewhere_is_not_fed_through_the_memory_of_another() -> No
     assert torch.equal(logits, step(torch.tensor([[2]]), state)[0])
 
 
+def test_hooks_are_called_whenever_they_come() -> None:
+    model, seen = mini("arch_expert_falcon_h1_mini"), []
+    step, state = Steps(model), model.init_state(1, 40)
+    for i in range(12):
+        if i == 7:
+            assert step.recorded
+            hook = model.norm.register_forward_hook(lambda *call: seen.append(call[2]))
+        _, state = step(torch.tensor([[1]]), state)
+    hook.remove()
+    assert len(seen) == 5
+
+
+class Theirs(es.Stack):
+    """A stack with a part that is not ours."""
+
+
+def test_what_is_not_ours_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mini("arch_expert_falcon_h1_mini")
+    monkeypatch.setattr(model, "__class__", Theirs)
+    step = Steps(model)
+    told(model, step)
+    assert not step.recorded
+
+
 @pytest.mark.parametrize("lacking", ["eulerstack.kernels.recording", "eulerstack.kernels.compiled"])
 def test_without_numba_steps_are_taken(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
     monkeypatch.setitem(sys.modules, lacking, None)
@@ -94,59 +116,3 @@ def test_without_numba_steps_are_taken(monkeypatch: pytest.MonkeyPatch, lacking:
     for got, wanted in zip(told(model, step), told(model, never(model)), strict=True):
         assert torch.equal(got, wanted)
     assert not step.recorded
-
-
-LOOKS: dict[str, Callable[[Tensor], Any]] = {
-    "item": lambda x: x[0, 0].item(),
-    "tolist": lambda x: x.tolist(),
-    "numpy": lambda x: x.numpy(),
-    "a branch": lambda x: bool((x > 0).any()),
-    "the number of some": lambda x: x.nonzero(),
-    "those under a mask": lambda x: x[x > 0],
-    "dropout": torch.nn.functional.dropout,
-}
-
-
-@pytest.mark.parametrize("what", LOOKS)
-def test_what_another_time_might_do_otherwise_is_refused(what: str) -> None:
-    with recording.Recording() as heard:
-        LOOKS[what](torch.ones(2, 3))
-    assert heard.refused
-
-
-def spread_out(x: Tensor) -> Tensor:
-    from eulerstack.kernels.compiled import spread, view
-
-    y = torch.empty_like(x)
-    spread(doubled, len(x), *view(x, y))
-    return y
-
-
-def doubled(begin: int, end: int, x: Any, y: Any) -> None:
-    y[begin:end] = 2 * x[begin:end]
-
-
-SUMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "into its own memory": lambda x: x.clone().mul_(2).add_(x),
-    "through views": lambda x: x.t().contiguous().view(2, 3)[:, 1:].sum(0),
-    "many results": lambda x: torch.cat([part * 2 for part in x.split(1)]) + x.topk(2).values.sum(),
-    "new memory filled": lambda x: torch.zeros(3).scatter_add(0, torch.tensor([0, 2]), x[0]),
-    "memory not filled": lambda x: torch.empty(3, 2).copy_(x),
-    "indexes": lambda x: x[torch.tensor([1, 0]), torch.arange(2)],
-    "another dtype": lambda x: x.double().softmax(-1).float(),
-    "norm": lambda x: torch.nn.functional.layer_norm(x, (2,)),
-    "a loop in Python's threads": spread_out,
-}
-
-
-@pytest.mark.parametrize("what", SUMS)
-def test_a_program_does_it_again_on_other_numbers(what: str) -> None:
-    x = torch.rand(3, 2)
-    with recording.Recording() as heard:
-        y = SUMS[what](x)
-    assert not heard.refused
-    program = heard.program()
-    for _ in range(2):
-        x.copy_(torch.rand(3, 2))
-        program()
-        assert torch.equal(y, SUMS[what](x))
