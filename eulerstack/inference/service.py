@@ -112,7 +112,10 @@ class Service:
             call = self._calls.get()
             if call is None:
                 return False
-            call()
+            try:
+                call()
+            except Exception:  # without its thread the server would hang
+                log.exception("what was asked between two steps failed")
         return True
 
     def _fail(self, requests: list[Request], error: Exception) -> None:

@@ -12,7 +12,7 @@ from ..model import Stack
 from ..segments import Segments
 from ..state import StackState
 
-WARM = 3  # steps before one is recorded, which takes as long as three
+WARM = 1  # steps before one is recorded, which takes as long as four
 SPAN = 256  # rows are read in so many tokens at once, or an eighth of theirs
 
 

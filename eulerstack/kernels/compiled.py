@@ -26,9 +26,13 @@ Loop = Callable[..., Any]
 FAST_MATH = {"contract", "nsz", "reassoc", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
 
 
-def compiled(function: Loop) -> Loop:
-    """The function, compiled for the types it is called with and kept on disk; it runs without Python's lock."""
-    made: Loop = numba.njit(function, nogil=True, fastmath=FAST_MATH, error_model="numpy", cache=True)
+def compiled(function: Loop, inline: bool = False) -> Loop:
+    """The function, compiled for the types it is called with and kept on disk; it runs without Python's lock.
+
+    inline: become part of each loop that calls it, which then knows the numbers that it is called with.
+    """
+    how = {"inline": "always" if inline else "never"}
+    made: Loop = numba.njit(function, nogil=True, fastmath=FAST_MATH, error_model="numpy", cache=True, **how)
     return made
 
 

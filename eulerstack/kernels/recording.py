@@ -40,6 +40,11 @@ class Recording(TorchDispatchMode):
         self.kept: list[Any] = []
         self.refused = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether PyTorch shall hide this from torch.compile, whose import takes a second; no step is compiled."""
+        return False
+
     def __enter__(self) -> Self:
         heard.by = self
         super().__enter__()

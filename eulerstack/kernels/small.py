@@ -5,7 +5,7 @@ Sums, differences, products, copies: PyTorch takes two microseconds to come to w
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,10 +150,16 @@ def _every(sizes: Any, y: Any, a: Any, b: Any) -> None:
     for i in range(sizes[1]):
         for j in range(sizes[2]):
             into, first = y[i * sizes[4] + j * sizes[5] :], a[i * sizes[7] + j * sizes[8] :]
-            _line(sizes[0], sizes[3], into, sizes[6], first, sizes[9], b[i * sizes[10] + j * sizes[11] :], sizes[12])
+            second, dense = b[i * sizes[10] + j * sizes[11] :], sizes[6] == 1 and sizes[9] == 1
+            if dense and sizes[12] == 1:  # in vectors, which need to know it
+                _line(sizes[0], sizes[3], into, 1, first, 1, second, 1)
+            elif dense and sizes[12] == 0:
+                _line(sizes[0], sizes[3], into, 1, first, 1, second, 0)
+            else:
+                _line(sizes[0], sizes[3], into, sizes[6], first, sizes[9], second, sizes[12])
 
 
-@compiled
+@partial(compiled, inline=True)
 def _line(code: Any, count: Any, y: Any, y_step: Any, a: Any, a_step: Any, b: Any, b_step: Any) -> None:  # noqa: PLR0912
     if code == COPY:
         for n in range(count):

@@ -21,7 +21,7 @@ from . import FEW, onednn
 from . import torch as reference
 
 LEAST = 1 << 14  # numbers of weights below which the call itself takes longer
-BLOCK = 16  # rows of a weight that stay in a core's cache while all rows of x meet them
+BLOCK = 4  # outputs of a run whose weights stay in a core's cache while all rows of x meet them
 GRAIN = 1 << 16  # products that are worth one more thread
 
 
@@ -70,55 +70,69 @@ def _share(pointers: Any) -> None:
     for part in range(count):
         width = widths[4 + part]
         weight = carray(pointers[3 + part], (width, inputs), np.float32)
-        begin, end = this_share((width + 1) // 2)
-        _rows(2 * begin, min(width, 2 * end), weight, x, y[:, start : start + width])
+        begin, end = this_share(width)
+        _rows(begin, end, weight, x, y[:, start : start + width])
         start += width
 
 
 @compiled
 def _rows(begin: Any, end: Any, weight: Any, x: Any, y: Any) -> None:
-    """Outputs begin .. end - 1 of every row of x."""
-    rows = x.shape[0]
-    fours = rows // 4 * 4
-    for first in range(begin, end, BLOCK):
-        last = min(end, first + BLOCK)
-        even = first + (last - first) // 2 * 2
+    """Outputs begin .. end - 1 of every row of x, in four runs that begin far apart.
+
+    A core that follows four streams through memory reads 1.4 times as fast as along one. The runs are of one length,
+    and overlap where four do not divide the outputs, so that each number is summed in the same way wherever it falls.
+    """
+    count, rows = end - begin, x.shape[0]
+    length, fours = (count + 3) // 4, rows // 4 * 4
+    second, third, fourth = (count - length) // 3, 2 * (count - length) // 3, count - length
+    for first in range(0, length, BLOCK):
+        last = min(length, first + BLOCK)
         for row in range(0, fours, 4):
-            _two_by_four(first, even, weight, x, y, row)
-            for four in range(row, row + 4):
-                _one_by_one(even, last, weight, x, y, four)
+            for at in range(begin + first, begin + last):
+                _four_by_four(at, at + second, at + third, at + fourth, weight, x, y, row)
         for row in range(fours, rows):
-            _one_by_one(first, last, weight, x, y, row)
+            for at in range(begin + first, begin + last):
+                _four_by_one(at, at + second, at + third, at + fourth, weight, x, y, row)
 
 
 @compiled
-def _one_by_one(begin: Any, end: Any, weight: Any, x: Any, y: Any, row: Any) -> None:
-    x = x[row]
-    for output in range(begin, end):
-        w, total = weight[output], y.dtype.type(0)
-        for i in range(w.shape[0]):
-            total += w[i] * x[i]
-        y[row, output] = total
+def _four_by_one(i0: Any, i1: Any, i2: Any, i3: Any, weight: Any, x: Any, y: Any, row: Any) -> None:
+    """Four outputs of one row."""
+    a, b, c, d, x = weight[i0], weight[i1], weight[i2], weight[i3], x[row]
+    a0 = b0 = c0 = d0 = y.dtype.type(0)
+    for i in range(a.shape[0]):
+        a0 += a[i] * x[i]
+        b0 += b[i] * x[i]
+        c0 += c[i] * x[i]
+        d0 += d[i] * x[i]
+    y[row, i0], y[row, i1], y[row, i2], y[row, i3] = a0, b0, c0, d0
 
 
 @compiled
-def _two_by_four(begin: Any, end: Any, weight: Any, x: Any, y: Any, row: Any) -> None:
-    """Two outputs of four rows at once: a number that was loaded is used two or four times."""
+def _four_by_four(i0: Any, i1: Any, i2: Any, i3: Any, weight: Any, x: Any, y: Any, row: Any) -> None:
+    """Four outputs of four rows at once: a number that was loaded is used four times."""
+    a, b, c, d = weight[i0], weight[i1], weight[i2], weight[i3]
     x0, x1, x2, x3 = x[row], x[row + 1], x[row + 2], x[row + 3]
-    for output in range(begin, end, 2):
-        v, w = weight[output], weight[output + 1]
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = y.dtype.type(0)
-        for i in range(v.shape[0]):
-            a0 += v[i] * x0[i]
-            a1 += v[i] * x1[i]
-            a2 += v[i] * x2[i]
-            a3 += v[i] * x3[i]
-            b0 += w[i] * x0[i]
-            b1 += w[i] * x1[i]
-            b2 += w[i] * x2[i]
-            b3 += w[i] * x3[i]
-        y[row, output], y[row + 1, output], y[row + 2, output], y[row + 3, output] = a0, a1, a2, a3
-        y[row, output + 1], y[row + 1, output + 1], y[row + 2, output + 1], y[row + 3, output + 1] = b0, b1, b2, b3
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = y.dtype.type(0)
+    for i in range(a.shape[0]):
+        a0 += a[i] * x0[i]
+        a1 += a[i] * x1[i]
+        a2 += a[i] * x2[i]
+        a3 += a[i] * x3[i]
+        b0 += b[i] * x0[i]
+        b1 += b[i] * x1[i]
+        b2 += b[i] * x2[i]
+        b3 += b[i] * x3[i]
+        c0 += c[i] * x0[i]
+        c1 += c[i] * x1[i]
+        c2 += c[i] * x2[i]
+        c3 += c[i] * x3[i]
+        d0 += d[i] * x0[i]
+        d1 += d[i] * x1[i]
+        d2 += d[i] * x2[i]
+        d3 += d[i] * x3[i]
+    for r, of in enumerate(((a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3))):
+        y[row + r, i0], y[row + r, i1], y[row + r, i2], y[row + r, i3] = of
 
 
 PROVIDER = Provider(linear, openmp_refuses)

@@ -41,14 +41,19 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> 
 
 
 def _stepped(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k [B, G, K], v [B, H, V], decay [B or 1, H], state [B, H, K, V]; all but the state contiguous."""
+    """q, k [B, G, K], v [B, H, V], decay [B or 1, H], state [B, H, K, V]; all but the state contiguous.
+
+    The state is written where it is, but under grad, where a graph may hold it.
+    """
     turned = not state.is_contiguous() and state.mT.is_contiguous()
     state = state if turned else state.contiguous()
-    y, after = torch.empty_like(v), torch.empty_like(state)
+    state, y = state.clone() if torch.is_grad_enabled() else state, torch.empty_like(v)
     sizes = (*state.shape, q.shape[1], decay.shape[0], turned)
     threads = min(torch.get_num_threads(), 1 + state.numel() // GRAIN)
-    on_openmp(shared(_all_heads), (q, k, v, decay, state, y, after), sizes, threads)
-    return y, after
+    on_openmp(shared(_all_heads), (q, k, v, decay, state, y), sizes, threads)
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return y, state
 
 
 def _all_heads(pointers: Any) -> None:
@@ -57,38 +62,35 @@ def _all_heads(pointers: Any) -> None:
     q, k = carray(pointers[1], (B, G, K), np.float32), carray(pointers[2], (B, G, K), np.float32)
     v, decay = carray(pointers[3], (B, H, V), np.float32), carray(pointers[4], (rows, H), np.float32)
     y = carray(pointers[6], (B, H, V), np.float32)
-    shape = (B * H, V, K) if turned else (B * H, K, V)
-    state, after = carray(pointers[5], shape, np.float32), carray(pointers[7], shape, np.float32)
+    state = carray(pointers[5], (B * H, V, K) if turned else (B * H, K, V), np.float32)
     begin, end = this_share(B * H)
     for place in range(begin, end):
         b, h = place // H, place % H
         g, kept = h // (H // G), decay[b % rows, h]
         if turned:
-            _by_value(q[b, g], k[b, g], v[b, h], kept, state[place], y[b, h], after[place])
+            _by_value(q[b, g], k[b, g], v[b, h], kept, state[place], y[b, h])
         else:
-            _by_key(q[b, g], k[b, g], v[b, h], kept, state[place], y[b, h], after[place])
+            _by_key(q[b, g], k[b, g], v[b, h], kept, state[place], y[b, h])
 
 
 @compiled
-def _by_key(q: Any, k: Any, v: Any, decay: Any, state: Any, y: Any, after: Any) -> None:
+def _by_key(q: Any, k: Any, v: Any, decay: Any, state: Any, y: Any) -> None:
     """state [K, V]"""
     for j in range(v.shape[0]):
         y[j] = y.dtype.type(0)
     for i in range(k.shape[0]):
-        before, now, key, query = state[i], after[i], k[i], q[i]
+        row, key, query = state[i], k[i], q[i]
         for j in range(v.shape[0]):
-            total = before[j] * decay + key * v[j]
-            now[j] = total
-            y[j] += query * total
+            row[j] = row[j] * decay + key * v[j]
+            y[j] += query * row[j]
 
 
 @compiled
-def _by_value(q: Any, k: Any, v: Any, decay: Any, state: Any, y: Any, after: Any) -> None:
+def _by_value(q: Any, k: Any, v: Any, decay: Any, state: Any, y: Any) -> None:
     """state [V, K]"""
     for j in range(v.shape[0]):
-        before, now, value, out = state[j], after[j], v[j], y.dtype.type(0)
+        row, value, out = state[j], v[j], y.dtype.type(0)
         for i in range(k.shape[0]):
-            total = before[i] * decay + value * k[i]
-            now[i] = total
-            out += q[i] * total
+            row[i] = row[i] * decay + value * k[i]
+            out += q[i] * row[i]
         y[j] = out
