@@ -1,7 +1,7 @@
 """Steps of one token: on a CPU recorded once and replayed, on memory that stays where it is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ SPAN = 256  # rows are read in so many tokens at once, or an eighth of theirs
 
 
 class _Recorded(NamedTuple):
-    """A program, and what it reads and writes. room: how many tokens rows may hold after it."""
+    """A program, and what it reads and writes. room: how many tokens rows may hold after it. model: as it was then."""
 
     program: Callable[[], None]
     state: StackState
@@ -25,36 +25,39 @@ class _Recorded(NamedTuple):
     real: Tensor | None
     logits: Tensor
     room: int
+    model: object
 
-    def serves(self, state: StackState) -> bool:
+    def serves(self, state: StackState, model: object) -> bool:
         mine = self.state
         same = mine.layers is state.layers and mine.length is state.length and mine.reach is state.reach
-        return same and self.room == _room(state)
+        return same and self.room == _room(state) and self.model == model
 
 
 class Steps:
     """A model's `recurrent`, called many times with what it returned.
 
-    A step is recorded when some were taken, and again when rows outgrow what it was recorded for. Never recorded is one
-    that looks at numbers, as experts do that choose by them, that hooks look at, or of mixers that are not ours, which
-    may compute where PyTorch does not see it. Recorded or not, rows are read up to the same bound, so that the numbers
-    are the same. The logits stand until the next step.
+    A step is recorded when some were taken, and again when rows outgrow what it was recorded for or weights changed.
+    Never recorded is one that looks at numbers, as experts do that choose by them, that hooks look at, or of mixers or
+    weights that are not ours, which may compute where PyTorch does not see it. Recorded or not, rows are read up to the
+    same bound, so that the numbers are the same. The logits stand until the next step. The model's modules must stay.
     """
 
     def __init__(self, model: Stack) -> None:
         self.model = model
         self.hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.weights = [held for m in model.modules() for held in (m._parameters, m._buffers) if held]
         known = all(type(m).__module__.split(".")[0] in ("eulerstack", "torch") for m in model.modules())
         self.left = WARM if known else math.inf  # steps before the first recording
         self.recorded: dict[bool, _Recorded] = {}
 
     def __call__(self, tokens: Tensor, state: StackState, real: Tensor | None = None) -> tuple[Tensor, StackState]:
         """Logits [B, V] of one token more, tokens [B, 1], and the state after it; real: [B, 1] bool."""
-        found = None if any(self.hooks) else self.recorded.get(real is None)
+        plain = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu") and not any(self.hooks)
+        found = self.recorded.get(real is None) if plain else None
         self.left -= 1
-        if found is not None and found.serves(state):
+        if found is not None and found.serves(state, self._model()):
             logits, after = self._replayed(found, tokens, real), state
-        elif self.left < 0 and (recording := self._recording()) is not None:
+        elif plain and self.left < 0 and (recording := self._recording()) is not None:
             logits, after = self._recorded(recording, tokens, state, real)
         else:
             logits, after = self._taken(tokens, state, real)
@@ -62,9 +65,18 @@ class Steps:
 
     def _recording(self) -> Any:
         """What records, where that can be."""
-        weight = self.model.embedding.weight
-        plain = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu") and not any(self.hooks)
-        return _recordings() if plain and weight.is_cpu and type(weight) is torch.nn.Parameter else None
+        ours = all(t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) for t in self._tensors())
+        return _recordings() if ours else None
+
+    def _model(self) -> object:
+        """Tells of any change: where each weight lies, how often it was written to (inference tensors do not count).
+
+        Programs read weights where they lay, and what mixers made of them and kept, such as a filter.
+        """
+        return self.model.training, [(t.data_ptr(), t.is_inference() or t._version) for t in self._tensors()]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (t for held in self.weights for t in held.values() if t is not None)
 
     def _taken(self, tokens: Tensor, state: StackState, real: Tensor | None) -> tuple[Tensor, StackState]:
         state = replace(state, bound=_room(state) - 1)
@@ -90,7 +102,8 @@ class Steps:
         if recording.refused:
             self.left = math.inf
         else:
-            self.recorded[real is None] = _Recorded(recording.program(), state, tokens, real, logits, _room(state))
+            program, model = recording.program(), self._model()
+            self.recorded[real is None] = _Recorded(program, state, tokens, real, logits, _room(state), model)
         return logits, state
 
 

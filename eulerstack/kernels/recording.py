@@ -161,10 +161,14 @@ FACTORY = {"dtype", "layout", "device", "pin_memory"}
 """What a variant that writes into a given tensor need not be told."""
 
 
+ROUNDS_TWICE = {aten.linear.default}
+"""What rounds a product before it adds the bias when it is to write into a tensor, and after that otherwise."""
+
+
 @cache
 def _out_variant(func: Any) -> tuple[Any, str] | None:
     """The same operation writing into a tensor, and the name of that argument."""
-    for name in func._overloadpacket.overloads():
+    for name in () if func in ROUNDS_TWICE else func._overloadpacket.overloads():
         other = getattr(func._overloadpacket, name)
         into = [a.name for a in other._schema.arguments if a.is_out]
         if len(into) == len(func._schema.returns) == 1 and _given(other) == _given(func):
@@ -186,7 +190,8 @@ def _region(loops: list[Loop]) -> Entry:
 
 
 def _run(function: int, pointers: Any, threads: int, kept: Any) -> None:
-    openmp()(function, pointers, threads, 0)
+    """On no more threads than PyTorch has now: in the child of a fork, which must have one, a team would not come."""
+    openmp()(function, pointers, min(threads, torch.get_num_threads()), 0)
 
 
 def _all_loops(pointers: Any) -> None:

@@ -2,7 +2,9 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import eulerstack as es
 from eulerstack.inference import steps
 from eulerstack.inference.steps import Steps
 
-from .subjects import MINIS, mini
+from .subjects import MINIS, loud, mini
 
 pytest.importorskip("numba")
 
@@ -94,6 +96,80 @@ def test_hooks_are_called_whenever_they_come() -> None:
         _, state = step(torch.tensor([[1]]), state)
     hook.remove()
     assert len(seen) == 5
+
+
+def changed_in_place(model: es.Stack) -> None:
+    for weight in model.parameters():
+        weight.mul_(1.1)
+
+
+def moved(model: es.Stack) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data * 1.1
+
+
+def loaded(model: es.Stack) -> None:
+    model.load_state_dict({name: weight * 1.1 for name, weight in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [changed_in_place, moved, loaded])
+@pytest.mark.parametrize("name", ["arch_expert_falcon_h1_mini", "arch_expert_striped_hyena_mini"])
+def test_weights_are_read_where_they_are_and_as_they_are(name: str, change: Callable[[es.Stack], None]) -> None:
+    """A recording read the memory that weights had lain in, and hyena's filter as it had been made of them."""
+    found = []
+    for make in (Steps, never):
+        with torch.inference_mode(False):
+            model = loud(es.load(name))
+        step, state = make(model), model.init_state(2, 60)
+        for i in range(12):
+            if i == 8:
+                assert bool(step.recorded) == (make is Steps)
+                with torch.inference_mode(False), torch.no_grad():
+                    change(model)
+            logits, state = step(torch.tensor([[i], [3]]), state)
+            found.append(logits.clone())
+    assert all(map(torch.equal, found[:12], found[12:]))
+
+
+class Coded(Tensor):
+    """A weight that stands for others, as those in 8 bits do."""
+
+    code: Tensor
+
+    @staticmethod
+    def of(weight: Tensor) -> "Coded":
+        made = Tensor._make_wrapper_subclass(Coded, weight.shape, dtype=weight.dtype)
+        made.code = weight
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*[one.code if isinstance(one, Coded) else one for one in args], **(kwargs or {}))
+        return Coded.of(found) if func is torch.ops.aten.detach.default else found
+
+
+def test_weights_that_stand_for_others_are_not_recorded() -> None:
+    with torch.inference_mode(False):
+        model = loud(es.load("arch_expert_falcon_h1_mini"))
+        for part in model.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.weight = torch.nn.Parameter(Coded.of(part.weight.detach()), requires_grad=False)
+    step = Steps(model)
+    for got, wanted in zip(told(model, step), told(model, never(model)), strict=True):
+        assert torch.equal(got, wanted)
+    assert not step.recorded
+
+
+@pytest.mark.parametrize("other", [torch.autocast("cpu", torch.bfloat16), torch.inference_mode(False)])
+def test_steps_heed_the_modes_of_each_time(other: Any) -> None:
+    model, found = mini("arch_expert_falcon_h1_mini"), []
+    for make in (Steps, never):
+        step, state = make(model), model.init_state(2, 60)
+        for i in range(12):
+            with other if i in (7, 8) else nullcontext(), torch.no_grad():
+                logits, state = step(torch.tensor([[i], [3]]), state)
+            found.append(logits.clone())
+    assert all(map(torch.equal, found[:12], found[12:]))
 
 
 class Theirs(es.Stack):

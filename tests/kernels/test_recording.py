@@ -52,6 +52,11 @@ def doubled(begin: int, end: int, x: Any, y: Any) -> None:
     y[begin:end] = 2 * x[begin:end]
 
 
+def in_16_bits() -> tuple[Tensor, Tensor]:
+    places = torch.arange(60, dtype=torch.float32)
+    return places.sin().bfloat16()[:40].view(20, 2), places.cos().bfloat16()[:20]
+
+
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "into its own memory": lambda x: x.clone().mul_(2).add_(x),
     "through views": lambda x: x.t().contiguous().view(2, 3)[:, 1:].sum(0),
@@ -61,6 +66,7 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "indexes": lambda x: x[torch.tensor([1, 0]), torch.arange(2)],
     "another dtype": lambda x: x.double().softmax(-1).float(),
     "norm": lambda x: torch.nn.functional.layer_norm(x, (2,)),
+    "a product and a bias in 16 bits": lambda x: torch.nn.functional.linear(x.bfloat16()[:, None], *in_16_bits()),
     "a loop in Python's threads": spread_out,
 }
 
@@ -145,3 +151,22 @@ def test_what_writes_in_rows_does_so_or_says_that_there_is_no_such_place() -> No
     slots[1] = 8
     with pytest.raises(IndexError, match="no place"):
         program()
+
+
+def test_a_program_runs_on_no_more_threads_than_there_are_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the child of a fork that was left one thread, as a DataLoader's workers are, it waited for others forever."""
+    from eulerstack.kernels.linear import numba
+
+    before, asked = torch.get_num_threads(), list[int]()
+    monkeypatch.setattr(recording, "openmp", lambda: lambda function, pointers, threads, flags: asked.append(threads))
+    try:
+        torch.set_num_threads(2)
+        with recording.Recording() as heard:
+            numba.linear(torch.rand(1, 512), [torch.rand(512, 512)], [None])
+        program = heard.program()
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            program()
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [2, 1]
