@@ -142,6 +142,7 @@ class Engine:
         parked.fitted(self.fresh)
         return tokens, parked
 
+    @torch.inference_mode()  # as the steps: what they made may not be written to outside it
     def cancel(self, request: Request) -> None:
         """No more tokens for it; its slot is free for the next."""
         if request.finished is None:

@@ -47,6 +47,16 @@ def test_random_arrivals_and_cancellations_give_what_each_gets_alone(build_mini:
         assert request.finished == "cancelled" or len(request.tokens) == request.max_new_tokens
 
 
+def test_a_request_whose_tokens_are_penalised_can_be_cancelled(build_mini: Build) -> None:
+    """What was said is noted where the steps made place for it, in inference mode; cancelling is outside."""
+    engine = Engine(build_mini(), slots=2, max_tokens=80)
+    gone, other = (engine.submit([1, 2, 3], 9, temperature=0, repetition_penalty=1.3) for _ in range(2))
+    engine.step(), engine.step()
+    engine.cancel(gone)
+    run(engine)
+    assert gone.finished == "cancelled" and len(other.tokens) == 9
+
+
 def test_a_request_gets_the_same_tokens_alone_and_in_company(build_mini: Build) -> None:
     model = build_mini(torch.float32)
     rules = {"seed": 7, "logprobs": 4, "temperature": 0.9, "echo": True}

@@ -144,6 +144,17 @@ def test_stops_cut_the_text_and_free_the_slot(served: Served) -> None:
     soon(lambda: gauge(served, "slots_in_use") == 0)
 
 
+def test_a_stop_after_a_penalty_ends_no_one_else(served: Served) -> None:
+    """The engine's thread died of a cancelled request whose tokens were penalised."""
+    fields = {"prompt": "x", "max_tokens": 40, "seed": 1, "repetition_penalty": 1.2}
+    (free,) = choices(served, **fields)
+    stop = free["text"][10:12]
+    for _ in range(2):
+        (choice,) = choices(served, stop=stop, **fields)
+        assert choice["finish_reason"] == "stop"
+    soon(lambda: gauge(served, "slots_in_use") == 0)
+
+
 def test_chat_is_lines_of_roles(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = [
         {"role": "system", "content": "be brief"},
