@@ -32,8 +32,18 @@ def compiled(function: Loop, inline: bool = False) -> Loop:
     inline: become part of each loop that calls it, which then knows the numbers that it is called with.
     """
     how = {"inline": "always" if inline else "never"}
-    made: Loop = numba.njit(function, nogil=True, fastmath=FAST_MATH, error_model="numpy", cache=True, **how)
+    made: Loop = _kept(partial(numba.njit, function, nogil=True, fastmath=FAST_MATH, error_model="numpy", **how))
     return made
+
+
+def _kept(make: Callable[..., Any]) -> Any:
+    """What Numba makes, kept on disk; where no folder can be written to, it is made anew by every process."""
+    try:
+        return make(cache=True)
+    except RuntimeError as error:
+        if "no locator" not in str(error):
+            raise
+        return make()
 
 
 class _Heard(local):
@@ -111,7 +121,9 @@ def shared(function: Loop) -> int:
     Compiled when first asked for. Every thread runs it, for its own `this_share`.
     """
     signature = types.void(types.CPointer(types.voidptr))
-    made: Any = numba.cfunc(signature, fastmath=FAST_MATH, error_model="numpy", cache=True)(function)
+    made = _kept(
+        lambda cache=False: numba.cfunc(signature, fastmath=FAST_MATH, error_model="numpy", cache=cache)(function)
+    )
     return int(made.address)
 
 
