@@ -44,7 +44,8 @@ class Steps:
 
     def __init__(self, model: Stack) -> None:
         self.model = model
-        self.hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        of_all = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+        self.hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)] + of_all
         self.weights = [held for m in model.modules() for held in (m._parameters, m._buffers) if held]
         known = all(type(m).__module__.split(".")[0] in ("eulerstack", "torch") for m in model.modules())
         self.left = WARM if known else math.inf  # steps before the first recording

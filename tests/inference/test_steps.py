@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import eulerstack as es
 from eulerstack.inference import steps
@@ -86,13 +87,15 @@ def test_a_state_from_elsewhere_is_not_fed_through_the_memory_of_another() -> No
     assert torch.equal(logits, step(torch.tensor([[2]]), state)[0])
 
 
-def test_hooks_are_called_whenever_they_come() -> None:
-    model, seen = mini("arch_expert_falcon_h1_mini"), []
+@pytest.mark.parametrize("of_all", [False, True])
+def test_hooks_are_called_whenever_they_come(of_all: bool) -> None:
+    model, seen = mini("arch_expert_falcon_h1_mini"), list[Tensor]()
+    register = register_module_forward_hook if of_all else model.norm.register_forward_hook
     step, state = Steps(model), model.init_state(1, 40)
     for i in range(12):
         if i == 7:
             assert step.recorded
-            hook = model.norm.register_forward_hook(lambda *call: seen.append(call[2]))
+            hook = register(lambda module, *call: seen.append(call[1]) if module is model.norm else None)
         _, state = step(torch.tensor([[1]]), state)
     hook.remove()
     assert len(seen) == 5
