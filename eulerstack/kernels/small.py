@@ -17,7 +17,7 @@ from .compiled import compiled, shared
 
 aten = torch.ops.aten
 
-LARGEST = 1 << 12
+LARGEST = 1 << 15
 """Numbers above which PyTorch's vectors and threads are worth asking for them."""
 FAR = 1 << 40  # as long as an array is said to be whose length nobody asks
 
