@@ -8,7 +8,7 @@ DEMO := runs/demo
 # A CPU build of torch where pip can find one: the plain name would fetch gigabytes of CUDA.
 TORCH := torch==2.13.0
 
-.PHONY: setup demo test test-full test-triton check presets docs bench clean
+.PHONY: setup demo test test-full test-triton test-gpu check presets docs bench clean
 
 setup: $(READY)
 
@@ -37,7 +37,12 @@ test-full: $(READY)
 # has to reach into the interpreter.
 test-triton: $(READY)
 	$(BIN)/pip install --quiet --no-deps triton==3.9.0 fla-core==0.6.0 einops==0.8.2
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/test_fla.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/test_fla.py tests/kernels/test_triton.py
+
+# On a machine with a GPU: the contract, the kernels, and steps captured as graphs.
+test-gpu:
+	python -m pytest --device cuda -m "not slow" tests/contract
+	python -m pytest tests/kernels/test_triton.py tests/kernels/test_fla.py tests/inference/test_graphs.py
 
 check: $(READY)
 	$(BIN)/ruff check .

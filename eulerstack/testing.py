@@ -33,7 +33,8 @@ def check_mixer(mixer: str | type[Mixer[Any]], options: dict[str, Any] | None = 
 
     mixer: the name that stack files give it, or the class that a registered or installed spec names. options: its
     keys, as in a file; choose small ones (chunks of 8, few heads). model: keys of StackBuilder other than d_model 16,
-    n_heads 4, n_kv_heads 2, max_seq_len 256. Raises SpecError where these are wrong, ValueError for an unknown class.
+    n_heads 4, n_kv_heads 2, max_seq_len 256. It runs on torch.get_default_device(). Raises SpecError where these are
+    wrong, ValueError for an unknown class.
     """
     name = mixer if isinstance(mixer, str) else _name_of(mixer)
     model = MODEL | model
@@ -60,7 +61,8 @@ def built(
     """A mixer with weights scaled up, so that it matters what it does."""
     torch.manual_seed(seed)
     spec = StackBuilder(**model).add(kind, options).spec()
-    mixer = make_mixer(expand(spec)[0].mixer, spec, Target(kernels, dtype=dtype)).to(dtype)
+    target = Target(kernels, torch.get_default_device().type, dtype)
+    mixer = make_mixer(expand(spec)[0].mixer, spec, target).to(dtype)
     mixer.reset_parameters()
     with torch.no_grad():
         for key, weight in mixer.named_parameters():
@@ -151,8 +153,8 @@ def run(
 def gradients(mixer: Mixer[Any], outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of a fixed random projection of the outputs, by the leaves and the weights."""
     wanted = {**leaves, **dict(mixer.named_parameters())}
-    generator = torch.Generator().manual_seed(1)
-    total = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+    dice, double = torch.Generator("cpu").manual_seed(1), torch.float64
+    total = sum((o * torch.randn(o.shape, generator=dice, dtype=double, device="cpu").to(o)).sum() for o in outputs)
     assert isinstance(total, Tensor)
     found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     return {key: torch.zeros_like(wanted[key]) if g is None else g for key, g in zip(wanted, found, strict=True)}

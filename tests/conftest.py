@@ -14,6 +14,15 @@ __all__ = ["FP32", "FP64", "build_mini", "close", "rms_ratio"]
 FP64, FP32 = 1e-12, 1e-5
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where tests of the contract make their tensors, as in cuda; the CPU by default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device"):
+        torch.set_default_device(config.getoption("--device"))
+
+
 @pytest.fixture(autouse=True)
 def _the_same_numbers_in_every_run() -> None:
     torch.manual_seed(0)

@@ -1,18 +1,22 @@
-"""Steps of one token: on a CPU recorded once and replayed, on memory that stays where it is."""
+"""Steps of one token, recorded once (on a GPU as a CUDA graph) and replayed on memory that stays where it is."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.graphs import captured
 from ..model import Stack
 from ..segments import Segments
 from ..state import StackState
 
 WARM = 1  # steps before one is recorded, which takes as long as four
+Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None] | None]]
+"""Takes a step; returns its result, and what takes it again into the same memory, or None where that may differ."""
+
 SPAN = 256  # rows are read in so many tokens at once, or an eighth of theirs
 
 
@@ -53,21 +57,22 @@ class Steps:
 
     def __call__(self, tokens: Tensor, state: StackState, real: Tensor | None = None) -> tuple[Tensor, StackState]:
         """Logits [B, V] of one token more, tokens [B, 1], and the state after it; real: [B, 1] bool."""
-        plain = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu") and not any(self.hooks)
+        cast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+        plain = torch.is_inference_mode_enabled() and not cast and not any(self.hooks)
         found = self.recorded.get(real is None) if plain else None
         self.left -= 1
         if found is not None and found.serves(state, self._model()):
             logits, after = self._replayed(found, tokens, real), state
-        elif plain and self.left < 0 and (recording := self._recording()) is not None:
-            logits, after = self._recorded(recording, tokens, state, real)
+        elif plain and self.left < 0 and (record := self._recorder()) is not None:
+            logits, after = self._recorded(record, tokens, state, real)
         else:
             logits, after = self._taken(tokens, state, real)
         return logits, replace(after, bound=state.bound + 1)
 
-    def _recording(self) -> Any:
+    def _recorder(self) -> Recorder | None:
         """What records, where that can be."""
-        ours = all(t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) for t in self._tensors())
-        return _recordings() if ours else None
+        ours = all(type(t) in (Tensor, torch.nn.Parameter) for t in self._tensors())
+        return _recorder({t.device.type for t in self._tensors()}) if ours else None
 
     def _model(self) -> object:
         """Tells of any change: where each weight lies, how often it was written to (inference tensors do not count).
@@ -92,19 +97,22 @@ class Steps:
         return found.logits
 
     def _recorded(
-        self, recording: Any, tokens: Tensor, state: StackState, real: Tensor | None
+        self, record: Recorder, tokens: Tensor, state: StackState, real: Tensor | None
     ) -> tuple[Tensor, StackState]:
         """The step; what it returns anew is written back where it was."""
         self.recorded.pop(real is None, None)
         tokens, real = tokens.clone(), None if real is None else real.clone()
-        with recording:
+
+        def step() -> Tensor:
             logits, after = self._taken(tokens, state, real)
             state.restore(after)
-        if recording.refused:
+            return logits
+
+        logits, program = record(step)
+        if program is None:
             self.left = math.inf
         else:
-            program, model = recording.program(), self._model()
-            self.recorded[real is None] = _Recorded(program, state, tokens, real, logits, _room(state), model)
+            self.recorded[real is None] = _Recorded(program, state, tokens, real, logits, _room(state), self._model())
         return logits, state
 
 
@@ -115,11 +123,13 @@ def _room(state: StackState) -> int:
     return max(state.bound + 1, min(room, state.max_tokens)) if state.bounded else room
 
 
-def _recordings() -> Any:
-    """A new Recording; None without Numba or GNU's OpenMP."""
+def _recorder(devices: set[str]) -> Recorder | None:
+    """What records on these devices; on a CPU none without Numba or GNU's OpenMP."""
+    if devices == {"cuda"}:
+        return captured
     try:
         from ..kernels.compiled import openmp  # noqa: PLC0415 - Numba is an extra
-        from ..kernels.recording import Recording  # noqa: PLC0415
+        from ..kernels.recording import recorded  # noqa: PLC0415
     except ImportError:
         return None
-    return None if openmp() is None else Recording()
+    return recorded if devices == {"cpu"} and openmp() is not None else None

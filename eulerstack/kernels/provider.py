@@ -1,7 +1,8 @@
 """What a provider of kernels is, and what is asked of it."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,12 @@ def on_gpu(target: Target, **needs: Any) -> str | None:
     if target.device in ("cpu", "meta"):
         return "runs on a GPU only"
     return "has no float64" if target.dtype == torch.float64 else None
+
+
+def on_triton(target: Target, **needs: Any) -> str | None:
+    """The answer of Triton's kernels: for a GPU; its interpreter (TRITON_INTERPRET=1) runs them slowly on a CPU."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return on_gpu(replace(target, device="cuda") if interpreted else target)
 
 
 def mamba_ssm(target: Target, *, numbers: int = 1) -> str | None:

@@ -22,9 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .compiled import heard, openmp, shared, this_thread
 from .small import Loop, loops
+from .watching import tensors_of, uncertain
 
 aten = torch.ops.aten
 Entry = Callable[[], Any]
+
+
+def recorded(step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None] | None]:
+    """The step's result, and what takes it again into that tensor; None where another time might do otherwise."""
+    with Recording() as recording:
+        result = step()
+    return result, None if recording.refused else recording.program()
 
 
 class Recording(TorchDispatchMode):
@@ -56,7 +64,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.refused = self.refused or _uncertain(func, args)
+        self.refused = self.refused or uncertain(func, args)
         self.kept.append((args, kwargs, result))
         self.entries.extend(_again(func, args, kwargs or {}, result))
         return result
@@ -94,32 +102,9 @@ class Program:
             raise IndexError("a recorded step was to write where a tensor has no place")
 
 
-def _uncertain(func: Any, args: Any) -> bool:
-    """Whether the operation looks at numbers, or draws some."""
-    if func._overloadpacket is aten.index:  # by numbers, the result is of their shape
-        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
-    return _looks(func)
-
-
-@cache
-def _looks(func: Any) -> bool:
-    tags = {torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded} & set(func.tags)
-    given = any("Tensor" in str(argument.type) for argument in func._schema.arguments)
-    tells = any("Tensor" not in str(returned.type) for returned in func._schema.returns)
-    read = func is aten.resolve_conj.default  # what `tolist` and `numpy` begin with
-    return read or bool(tags) or (given and tells and func is not aten.is_set_to.default)
-
-
-def _tensors(given: Any) -> list[Tensor]:
-    """The tensors among arguments or results, and in their lists."""
-    if isinstance(given, Tensor):
-        return [given]
-    return [t for one in given for t in _tensors(one)] if isinstance(given, list | tuple) else []
-
-
 def _again(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Iterator[Loop | Entry]:
     """What does the operation again: nothing, for a view, for what is not filled, and for what is always the same."""
-    results = _tensors(result)
+    results = tensors_of(result)
     if func in SETTLED or "empty" in func._overloadpacket.__name__:
         return
     if not _writes(func) and _is_view(results, args):
@@ -140,7 +125,7 @@ SETTLED = {aten.detach_.default, aten.arange.default, aten.arange.start, aten.ar
 
 
 def _copied(func: Any, args: Any, kwargs: dict[str, Any], into: list[Tensor]) -> None:
-    new = _tensors(func(*args, **kwargs))
+    new = tensors_of(func(*args, **kwargs))
     for old, now in zip(into, new, strict=True):
         assert old.shape == now.shape, f"{func} made {tuple(now.shape)} of what gave {tuple(old.shape)}"
         old.copy_(now)
@@ -148,7 +133,7 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any], into: list[Tensor]) ->
 
 def _is_view(results: list[Tensor], args: Any) -> bool:
     """Whether the result lies in the memory of what was given."""
-    given = {t.untyped_storage().data_ptr() for t in _tensors(args) if t.numel()}
+    given = {t.untyped_storage().data_ptr() for t in tensors_of(args) if t.numel()}
     return all(not t.numel() or t.untyped_storage().data_ptr() in given for t in results)
 
 

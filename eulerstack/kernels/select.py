@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 from .provider import Provider, Target
 
 PROVIDERS: dict[str, tuple[str, ...]] = {
-    "attention": ("numba", "torch", "flash_attn"),
+    "attention": ("numba", "triton", "torch", "flash_attn"),
     "conv": ("numba", "torch", "causal_conv1d"),
     "linear": ("numba", "onednn", "torch"),
     "long_conv": ("torch",),
     "norm": ("numba", "torch"),
     "wkv": ("torch",),
-    "retention": ("numba", "torch", "fla"),
+    "retention": ("numba", "triton", "torch", "fla"),
     "selective_scan": ("numba", "torch", "mamba_ssm"),
     "ssd": ("numba", "torch", "fla", "mamba_ssm"),
 }
 """Operation -> its providers in the order that `auto` tries them; each is a file, kernels/<operation>/<provider>.py.
 
-What stands behind `torch`, which serves everything, is taken only by name: it has not been measured on a GPU yet.
+What stands behind `torch`, which serves everything, is taken only by name.
 """
 
 PACKAGES = {

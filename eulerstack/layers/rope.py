@@ -62,9 +62,22 @@ def phases(segments: Segments, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, 
 
 def _phases(segments: Segments, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     assert segments.position is not None
-    frequency = torch.tensor(rope.frequencies, dtype=torch.float64, device=segments.position.device)
-    angle = segments.position.double()[..., None, None] * frequency
+    angle = segments.position.double()[..., None, None] * _frequencies(rope, segments.position.device)
     return (angle.cos() * rope.factor).to(dtype), (angle.sin() * rope.factor).to(dtype)
+
+
+def _frequencies(rope: Rope, device: torch.device) -> Tensor:
+    """[K / 2] float64. On a GPU they are kept: a step that copies from the host cannot be captured."""
+    found = _KEPT.get((rope, device))
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.tensor(rope.frequencies, dtype=torch.float64, device=device)
+        if device.type == "cuda" and type(found) is Tensor:  # and no fake, whose time is short
+            _KEPT[rope, device] = found
+    return found
+
+
+_KEPT: dict[tuple[Rope, torch.device], Tensor] = {}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

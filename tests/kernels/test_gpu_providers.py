@@ -291,7 +291,7 @@ def test_what_a_kernel_has_not_is_refused_when_it_is_chosen(
     needs = {**NEEDS[operation], **needs}
     with pytest.raises(ValueError, match=message):
         select(operation, Target(provider, "cuda", dtype), **needs)
-    assert select(operation, Target("auto", "cuda", dtype), **needs).provider == "torch"
+    assert select(operation, Target("auto", "cuda", dtype), **needs).provider in ("torch", "triton")
 
 
 @pytest.mark.parametrize(("operation", "provider"), [adapter.split(".") for adapter in ADAPTERS])

@@ -1,9 +1,9 @@
 """Few rows on a CPU: a step of decoding takes as long as its weights take to read.
 
-One row reads them at 75 % (256 x 256) to 100 % (32,000 x 768) of the rate of `weight.sum()`, where PyTorch's product
-reaches 20 to 45 %; 4 rows are 1.8 to 4 times as fast as PyTorch's, 16 rows 1.4 to 3 times and 32 rows 1.3 to 2.6 times
-(float32, torch 2.13 with MKL on two threads of an AMD EPYC). Each number is summed by one thread, so that it does not
-depend on how many there are.
+One row reads the weights of stacks of 100M and 800M parameters at 1.07 to 1.35 of the rate of `weight.sum()`, PyTorch's
+product at half of it (float32, torch 2.13 with MKL on two threads of an AMD EPYC and an Intel Xeon;
+benchmarks/results/cpu_inference.md). Each number is summed by one thread, so that it does not depend on how many there
+are.
 """
 
 from collections.abc import Callable, Sequence

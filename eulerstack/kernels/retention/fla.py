@@ -3,8 +3,6 @@
 They choose their own chunk (64 tokens at most). A call's real tokens are packed, so that padding costs nothing.
 """
 
-import os
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from ...segments import Segments
 from ..precision import wide, without_autocast
-from ..provider import Forms, Provider, Target, on_gpu
+from ..provider import Forms, Provider, Target, on_triton
 from .torch import recurrent
 
 
@@ -52,11 +50,10 @@ def _packed(
 
 
 def refuses(target: Target, *, head_dim: int = 2, value_dim: int = 2, **needs: Any) -> str | None:
-    """Triton compiles for a GPU; its interpreter (TRITON_INTERPRET=1) runs the same kernels slowly on a CPU."""
+    """Triton's answer, and that of its products."""
     if (head_dim % 2 or value_dim % 2) and target.dtype in (torch.float16, torch.bfloat16):
         return f"takes heads of an even number of channels in 16 bits, not {head_dim} and {value_dim}"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return on_gpu(replace(target, device="cuda") if interpreted else target)
+    return on_triton(target)
 
 
 PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), refuses)
