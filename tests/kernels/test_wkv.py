@@ -64,7 +64,7 @@ def test_keys_of_any_size_give_numbers(size: float) -> None:
                 assert torch.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("form", ["parallel", "chunk 5", "steps"])
+@pytest.mark.parametrize("form", ["chunk 5", *(pytest.param(f, marks=pytest.mark.slow) for f in ("parallel", "steps"))])
 def test_gradients(form: str) -> None:
     inputs = [t.requires_grad_() for t in drawn()]
     assert torch.autograd.gradcheck(lambda *a: every_form(*a)[form][0], inputs)

@@ -73,7 +73,8 @@ def test_fit_test_and_generate(stack_file: Path, corpus: Path, tmp_path: Path) -
     assert "--- 2 of 2\na longer one" in done.stdout
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 def test_killed_and_resumed_is_never_killed_to_the_bit(
     seed: int, stack_file: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_killed_and_resumed_is_never_killed_to_the_bit(
     assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_options_of_lightning_that_switch_our_parts_off(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
     words = [*fit_words(stack_file, corpus, "run", 2), "--trainer.enable_progress_bar", "false"]
     done = eulerstack(*words, "--trainer.enable_checkpointing", "false", cwd=tmp_path)
@@ -166,7 +168,9 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    "name", [n if i % 3 == 0 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(BAD)]
+)
 def test_bad_words_exit_2_with_a_sentence(name: str, stack_file: Path, corpus: Path, tmp_path: Path) -> None:
     words, wanted = BAD[name]
     done = eulerstack(*[w.format(file=stack_file, corpus=corpus) for w in words], cwd=tmp_path)
