@@ -80,7 +80,7 @@ class Step:
     """The layers of a training step, and the ends around them: embedding, norm, head and loss.
 
     embedded: bytes of the first layer's input. shared: what the first layer to ask makes for all, phases and masks.
-    optimizer: bytes of its state. stepping: what it allocates on top while it steps.
+    optimizer: bytes of its state; its step makes nothing that lasts.
     """
 
     layers: tuple[Part, ...]
@@ -88,7 +88,6 @@ class Step:
     embedded: int
     shared: int
     optimizer: int
-    stepping: int
 
     def memory(self, checkpointed: bool = False) -> TrainingMemory:
         """At the peak, with `checkpointed` layers or without."""
@@ -109,7 +108,6 @@ class Step:
         still = weights + self.optimizer
         yield still + weights + before[-1] - self.embedded + self.ends.forward
         yield still + before[-1] - self.embedded + self.ends.backward
-        yield still + weights + self.stepping
         for layer, kept, made in zip(layers, before, gradients, strict=False):
             yield still + weights + kept + layer.forward
             yield still + made + kept + layer.backward
@@ -125,7 +123,7 @@ def grown(step: Step, more: Step, times: int) -> Step:
         return Part(*sizes(astuple(one), astuple(other)))
 
     layers = tuple(map(part, step.layers, more.layers))
-    ends = sizes(*((s.embedded, s.shared, s.optimizer, s.stepping) for s in (step, more)))
+    ends = sizes(*((s.embedded, s.shared, s.optimizer) for s in (step, more)))
     return Step(layers, part(step.ends, more.ends), *ends)
 
 
@@ -147,7 +145,7 @@ def count_step(spec: StackSpec, batch: int, tokens: int, precision: Precision = 
 
 def _count(stack: Stack, batch: int, tokens: int, device: str, alive: "Alive") -> Step:
     """Equal layers are counted once; weights that layers share, with the first of them."""
-    optimizer = _optimizer(stack, device)
+    optimizer = _optimizer(stack)
     blocks, stack.plan, stack.layers = stack.blocks, (), nn.ModuleDict()
     stack.to_empty(device="cpu")
     ids = torch.zeros(batch, tokens, dtype=torch.int64)
@@ -163,7 +161,7 @@ def _count(stack: Stack, batch: int, tokens: int, device: str, alive: "Alive") -
             shared += more
         layers.append(replace(part, weights=0) if block in seen else part)
         seen.add(block)
-    return Step(tuple(layers), ends, _bytes(stack.embedding(ids)), shared, *optimizer)
+    return Step(tuple(layers), ends, _bytes(stack.embedding(ids)), shared, optimizer)
 
 
 def _layer(block: Block, embedding: nn.Module, ids: Tensor, alive: "Alive") -> tuple[Part, int]:
@@ -194,17 +192,10 @@ def _measured(block: Block, x: Tensor, alive: "Alive") -> tuple[Part, int]:
     return _part(block, alive, lambda: _outputs(block, x, segments)), shared
 
 
-def _optimizer(stack: Stack, device: str) -> tuple[int, int]:
-    """Bytes of the optimizer's state, and of what its step allocates on top.
-
-    AdamW keeps two numbers of each weight, Muon one. AdamW's step makes one more of each on a GPU, where PyTorch steps
-    all weights together, and two of one weight on a CPU, where it steps one after the other.
-    """
+def _optimizer(stack: Stack) -> int:
+    """Bytes of the optimizer's state: AdamW keeps two numbers of each weight, Muon one."""
     kind = stack.spec.training_hints.optimizer
-    muon, adamw = [0], [0]
-    for name, weight in stack.named_parameters():
-        (muon if to_muon(name, weight.dim(), kind) else adamw).append(_bytes(weight))
-    return sum(muon) + 2 * sum(adamw), 2 * max(adamw) if device == "cpu" else sum(adamw)
+    return sum(_bytes(w) * (1 if to_muon(name, w.dim(), kind) else 2) for name, w in stack.named_parameters())
 
 
 def _outputs(block: Block, x: Tensor, segments: Segments) -> list[Tensor]:

@@ -7,19 +7,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .block import Block
 from .groups import check_groups
-from .kernels.precision import wide
 from .kernels.provider import Target
 from .kernels.select import check_name, select
+from .layers.loss import next_token_loss
 from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
 from .layers.serve import serve
 from .multitoken import Ahead, later, later_targets
-from .segments import IGNORED, Segments
+from .segments import Segments
 from .spec import MoEFFNSpec, StackSpec, ahead, dump, expand
 from .state import LayerState, StackState
 
@@ -129,7 +128,9 @@ class Stack(nn.Module):
         """
         placed = self._placed(tokens, segments, training=True)
         x, routings = self._sequence(tokens, placed, Block.__call__)
-        parts = {"cross_entropy": _cross_entropy(self._logits(x), targets)}
+        z_loss = self.spec.training_hints.z_loss
+        entropy, z = self._loss(self.norm(x), targets, with_z=z_loss > 0)
+        parts = {"cross_entropy": entropy} | ({"z": z_loss * z} if z_loss else {})
         if self.spec.head.mtp is not None:
             parts["multi_token"] = self.spec.head.mtp.train_loss_weight * self._ahead(
                 x, tokens, targets, placed, routings
@@ -146,8 +147,7 @@ class Stack(nn.Module):
         for steps, module in enumerate(self._heads, start=1):
             x, routed = module(x, self._embedded(later(tokens, steps)), segments)
             routings |= routed
-            logits = self._scored(module.norm(x))
-            losses.append(_cross_entropy(logits, later_targets(targets, steps, segments)))
+            losses.append(self._loss(module.norm(x), later_targets(targets, steps, segments))[0])
         return torch.stack(losses).mean()
 
     @property
@@ -277,17 +277,13 @@ class Stack(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         return self._scored(self.norm(x))
 
+    def _loss(self, x: Tensor, targets: Tensor, with_z: bool = False) -> tuple[Tensor, Tensor]:
+        return next_token_loss(x, targets, self._scored, self.spec.model.vocab_size, with_z)
+
     def _scored(self, x: Tensor) -> Tensor:
         weight, cap = self.embedding.weight if self.head is None else self.head.weight, self.spec.head.logit_softcap
         logits = self.linear(x, (weight,), (None,))
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over the targets that count; zero where none does."""
-    scores = logits.flatten(0, 1).to(wide(logits.dtype))
-    total = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 class _Undrawn(TorchFunctionMode):

@@ -65,6 +65,8 @@ class TrainingHints(Block):
     """On the learning rate of routers."""
     optimizer_groups: Annotated[tuple[GroupSpec, ...], Field(strict=False, max_length=1000)] = ()
     """Parameters that train otherwise, by name."""
+    z_loss: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of the mean square of log Z, the softmax's divisor, which keeps logits from drifting."""
     grad_clip: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     """Largest gradient norm; null clips nothing."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

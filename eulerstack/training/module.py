@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import check_checkpoint, load_weights
 from ..model import Stack, build
@@ -35,6 +35,7 @@ class StackModule(L.LightningModule):
         muon: Muon's lr, momentum, nesterov, ns_steps and weight_decay.
         router_lr_multiplier: on the learning rate of routers.
         optimizer_groups: a list of {match, lr_multiplier, weight_decay}; `match` is a glob over parameters' names.
+        z_loss: weight of the mean square of log Z, the softmax's divisor; 1e-4 keeps logits from drifting.
         grad_clip: largest gradient norm; 0 for none. The Trainer's gradient_clip_val wins.
         schedule: `cosine`, `linear`, `constant` or `wsd`.
         warmup_steps_ratio: share of the steps that warm up.
@@ -60,6 +61,7 @@ class StackModule(L.LightningModule):
         muon: dict[str, Any] | None = None,
         router_lr_multiplier: float | None = None,
         optimizer_groups: list[dict[str, Any]] | None = None,
+        z_loss: float | None = None,
         grad_clip: float | None = None,
         schedule: str | None = None,
         warmup_steps_ratio: float | None = None,
@@ -123,7 +125,7 @@ class StackModule(L.LightningModule):
     def _note_routing(self, parts: dict[str, Tensor], rows: int) -> None:
         """Log the other losses and the routers' busiest experts' share (1: balanced); keep the loads for the step."""
         for name, part in parts.items():
-            if name in ("load_balance", "router_z", "multi_token"):
+            if name in ("load_balance", "router_z", "multi_token", "z"):
                 self.log(name, part.detach(), batch_size=rows)
             if name.startswith("router_load/"):
                 layer = int(name.rpartition("/")[2])
@@ -167,7 +169,7 @@ class StackModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hints = self.spec.training_hints
-        optimizer = make_optimizer(self.model.named_parameters(), hints)
+        optimizer = make_optimizer(self.model.named_parameters(), hints, fused=self.trainer.precision != "16-mixed")
         schedule = make_schedule(optimizer, self._steps(), hints)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -177,8 +179,12 @@ class StackModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        """The norm is logged as it was before. Lightning's own clipping refuses fused optimizers."""
         chosen = self.spec.training_hints.grad_clip if gradient_clip_val is None else gradient_clip_val
-        self.clip_gradients(optimizer, chosen, gradient_clip_algorithm)
+        by_value, most = gradient_clip_algorithm == "value", chosen or math.inf
+        self.log("grad_norm", nn.utils.clip_grad_norm_(self.parameters(), math.inf if by_value else most))
+        if by_value:
+            nn.utils.clip_grad_value_(self.parameters(), most)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stack"] = dump(self.spec)

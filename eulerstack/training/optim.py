@@ -46,12 +46,17 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], hints: TrainingHints) -> torch.optim.Optimizer:
-    """AdamW, or AdamW and Muon, over groups of parameters with the same recipe."""
+def make_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], hints: TrainingHints, fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW, or AdamW and Muon, over groups of parameters with the same recipe.
+
+    fused: AdamW's step in one kernel, which no gradient scaler of float16 can hand clipped gradients to.
+    """
     kept: dict[Recipe, list[nn.Parameter]] = {}
     for name, parameter in named:
         kept.setdefault(recipe_of(name, parameter, hints), []).append(parameter)
-    adamw = torch.optim.AdamW(_groups(kept, muon=False), betas=hints.betas)
+    adamw = torch.optim.AdamW(_groups(kept, muon=False), betas=hints.betas, fused=fused)
     if hints.optimizer == "adamw":
         return adamw
     settings = hints.muon.model_dump(include={"momentum", "nesterov", "ns_steps"})

@@ -209,6 +209,7 @@ ROWS = {
     "TrainingHints.dropout": Row("training", "hints.dropout", 0.0, 0.5),
     "TrainingHints.checkpointing": Row("kept", "hints.checkpointing", "none", "block"),
     "TrainingHints.router_aux_loss_coef": Row("training", "hints.router_aux_loss_coef", 0.0, 1.0, MOE),
+    "TrainingHints.z_loss": Row("training", "hints.z_loss", 0.0, 1.0),
     "TrainingHints.router_lr_multiplier": Row("training", "hints.router_lr_multiplier", 1.0, 0.0, MOE),
     "TrainingHints.optimizer": Row("training", "hints.optimizer", "adamw", "hybrid"),
     "TrainingHints.schedule": Row("training", "hints.schedule", "cosine", "linear"),
