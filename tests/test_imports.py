@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "devices": set(),
     "checkpoint": {"model", "spec", "tokens"},
     "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
-    "training": {"checkpoint", "groups", "model", "segments", "spec", "tokens"},
+    "training": {"block", "checkpoint", "groups", "mixers", "model", "segments", "spec", "state", "tokens"},
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}}

@@ -71,6 +71,10 @@ class Mixer(nn.Module, ABC, Generic[S]):
     def reset_parameters(self, out_scale: float = 1.0) -> None:
         """Draw the weights anew; the output projection is scaled by `out_scale`."""
 
+    def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
+        """What to watch of its recurrence on inputs x [B, T, D]: `decay`, what a token leaves of a state, and `dt`."""
+        return {}
+
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """The form the spec names, over a whole sequence."""
         if not self.chunked:

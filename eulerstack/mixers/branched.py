@@ -59,6 +59,11 @@ class Branched(Mixer[BranchedState]):
         outputs, states = zip(*results, strict=True)
         return self._summed(x, list(outputs)), BranchedState(states)
 
+    def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
+        """Each branch's, with its number behind the names."""
+        found = (branch.dynamics(x, segments).items() for branch in self)
+        return {f"{name}.{i}": values for i, items in enumerate(found) for name, values in items}
+
     def init_state(
         self,
         batch: int,

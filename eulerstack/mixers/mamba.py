@@ -62,6 +62,11 @@ class Mamba(Mixer[SSMState]):
     def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
         """The mixer's output [B, T, D] for the state space's y and the x that it took."""
 
+    def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
+        empty = self.init_state(x.shape[0], 0, x.device, x.dtype).conv
+        (_, dt, A, *_), _ = self._inputs(x, empty, segments)
+        return {"dt": dt, "decay": torch.exp(dt.reshape(*dt.shape, *[1] * (A.dim() - 1)) * A)}
+
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)
         empty = self.init_state(x.shape[0], 0, x.device, x.dtype).conv

@@ -148,6 +148,9 @@ class Retention(Retained):
         self.g_proj = Linear(width, value, bias=False) if spec.swish_gate else None
         self.o_proj = Linear(value, width, bias=False)
 
+    def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
+        return {"decay": self.decay(x).exp()}
+
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""
         q, k, v = beside(x, (self.q_proj, self.k_proj, self.v_proj))

@@ -63,6 +63,9 @@ class RWKV(Mixer[WKVState]):
         y, sums = self.ops.recurrent(*inputs, (state.total, state.weight, state.top), segments)
         return self._out(gate, y, segments), WKVState(shift, *sums)
 
+    def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
+        return {"decay": torch.exp(-self.time.get_parameter("decay").exp())}
+
     def _inputs(self, x: Tensor, shift: Tensor, segments: Segments) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """The gate, (k, v [B, T, D], w, u [D]) of the kernels, and the input to mix with the next token."""
         before, shift = _before(x, shift, segments)

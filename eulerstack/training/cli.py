@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from ..spec import hint_places, load
 from .callbacks import Export
 from .data import TextData
+from .diagnostics import Diagnostics
 from .module import StackModule
 from .settings import table
 
@@ -35,6 +36,9 @@ class StackCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--resume_every", type=int, default=50, help="Steps between writes of resume/last.ckpt.")
+        parser.add_argument(
+            "--diagnose_every", type=int, default=100, help="Steps between logs of decays and states by layer; 0: none."
+        )
 
     def before_instantiate_classes(self) -> None:
         """Seed by --seed_everything, or by the spec's hint."""
@@ -66,6 +70,8 @@ class StackCLI(LightningCLI):
             callbacks.append(self._resume_point(root))
         if fitting:
             callbacks.append(Export())
+            if (every := self._get(self.config, "diagnose_every")) != 0:
+                callbacks.append(Diagnostics(every))
         if config["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(root, name="logs") if fitting else False
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
