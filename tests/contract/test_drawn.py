@@ -109,7 +109,7 @@ def test_any_mixer(name: str, data: st.DataObject, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), seed=st.integers(0, 1 << 30))
 def test_any_mixer_at_length(name: str, data: st.DataObject, seed: int) -> None:
     agree(data.draw(cases(name)), seed)

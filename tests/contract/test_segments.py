@@ -82,7 +82,7 @@ def test_any_batch_in_any_pieces(mixer: str, case: tuple[list[Row], list[int], l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=batches())
 def test_any_batch_in_any_pieces_at_length(mixer: str, case: tuple[list[Row], list[int], list[int | None]]) -> None:
     contract(mixer).batch(*case, torch.float64)
