@@ -1,4 +1,4 @@
-"""Text files to memory-mapped token shards: listed, hashed, split by file, tokenised once."""
+"""Text to memory-mapped token shards: files listed and hashed, documents split by name and tokenised once."""
 
 import gzip
 import hashlib
@@ -8,29 +8,26 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from ..tokens import Tokenizer, document_ids
+from ..tokens import Tokenizer
+from .documents import Document, TextFile, read
 
 SPLITS = ("train", "held_out")
-FORMAT = 2
+FORMAT = 3
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """A document: its name in the corpus, its file, and the hash of its bytes."""
-
-    name: str
-    path: Path
-    digest: str
+Named = TypeVar("Named", TextFile, Document)
 
 
 def standard_library() -> list[TextFile]:
@@ -63,16 +60,16 @@ def _listed(path: Path, name: str) -> TextFile:
     return TextFile(name, path, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def split_files(files: list[TextFile], held_out: float) -> dict[str, list[TextFile]]:
-    """A file is held out by the hash of its name, so that adding files moves no other; one file is split in two."""
-    chosen = [int(hashlib.sha256(f.name.encode()).hexdigest()[:8], 16) < held_out * 2**32 for f in files]
-    if len(files) > 1 and not any(chosen):
+def split_by_name(all_of: list[Named], held_out: float) -> dict[str, list[Named]]:
+    """What is held out is chosen by the hash of its name, so that adding documents moves no other."""
+    chosen = [int(hashlib.sha256(one.name.encode()).hexdigest()[:8], 16) < held_out * 2**32 for one in all_of]
+    if len(all_of) > 1 and not any(chosen):
         chosen[-1] = True
-    if len(files) > 1 and all(chosen):
+    if len(all_of) > 1 and all(chosen):
         chosen[0] = False
     return {
-        "train": [f for f, held in zip(files, chosen, strict=True) if not held],
-        "held_out": [f for f, held in zip(files, chosen, strict=True) if held],
+        "train": [one for one, held in zip(all_of, chosen, strict=True) if not held],
+        "held_out": [one for one, held in zip(all_of, chosen, strict=True) if held],
     }
 
 
@@ -92,6 +89,11 @@ class Shard:
     def starts(self) -> npt.NDArray[np.int64]:
         return np.load(self.folder / "starts.npy")  # type: ignore[no-any-return]
 
+    @cached_property
+    def given(self) -> npt.NDArray[np.int64]:
+        """How many of each document's first tokens are no targets: those of its prompt."""
+        return np.load(self.folder / "given.npy")  # type: ignore[no-any-return]
+
     @property
     def name(self) -> str:
         """Of the corpus: changes with its files, its split and its tokenizer."""
@@ -101,38 +103,77 @@ class Shard:
         """Which document the tokens at these places belong to."""
         return np.searchsorted(self.starts, index, side="right")
 
+    def counts_at(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether the tokens at these places may be targets."""
+        owner = self.document_at(index) - 1
+        return index - self.starts[owner] >= self.given[owner]
 
-def shards(files: list[TextFile], tokenizer: Tokenizer, held_out: float, cache: Path) -> dict[str, Shard]:
-    """The corpus as shards, from the cache if the same files were tokenised before."""
-    folder = cache / _key(files, tokenizer, held_out)
-    if not (folder / "manifest.json").is_file():
-        _write(folder, files, tokenizer, held_out)
-    manifest = json.loads((folder / "manifest.json").read_text())
+
+def shards(
+    files: list[TextFile], tokenizer: Tokenizer, held_out: float, cache: Path, text_key: str = "text"
+) -> dict[str, Shard]:
+    """The corpus as shards, from the cache if the same files were tokenised before and nothing has changed there since.
+
+    Warns of lines that were skipped, and of a cache that had to be made again.
+    """
+    folder = cache / _key(files, tokenizer, held_out, text_key)
+    manifest = _manifest(folder)
+    if manifest is None:
+        _discard(folder)
+        _write(folder, files, tokenizer, held_out, text_key)
+        manifest = _manifest(folder)
+    if manifest is None:
+        raise ValueError(
+            f"the tokens just written to {folder} do not read back as written: is the disk full or broken?"
+        )
+    for sentence in manifest["skipped"]:
+        warnings.warn(sentence, stacklevel=2)
     return {name: Shard(folder / name, manifest["bytes_per_token"][name], manifest["yardsticks"]) for name in SPLITS}
 
 
-def _key(files: list[TextFile], tokenizer: Tokenizer, held_out: float) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint()} {held_out}".encode())
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where it, or a file that it lists, is missing or not as it was written."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        intact = all(_digest(folder / name) == digest for name, digest in manifest["digests"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if intact else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _discard(folder: Path) -> None:
+    """Without a manifest, what a folder holds is replaced."""
+    if (folder / "manifest.json").is_file():
+        warnings.warn(f"the tokens kept in {folder} were cut short or changed; they are made again", stacklevel=3)
+        (folder / "manifest.json").unlink()
+
+
+def _key(files: list[TextFile], tokenizer: Tokenizer, held_out: float, text_key: str) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint()} {held_out} {text_key!r}".encode())
     for file in files:
         digest.update(f"{file.name} {file.digest}\n".encode())
     return digest.hexdigest()[:24]
 
 
-def _write(folder: Path, files: list[TextFile], tokenizer: Tokenizer, held_out: float) -> None:
+def _write(folder: Path, files: list[TextFile], tokenizer: Tokenizer, held_out: float, text_key: str) -> None:
     """Write beside the place and move there whole, so that a killed run leaves no half corpus."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".new.", dir=folder.parent))
     try:
-        parts = split_files(files, held_out)
-        texts = {name: [_text(f) for f in part] for name, part in parts.items()}
-        if len(files) == 1:
-            texts = _halves(_text(files[0]), held_out)
-        ratios = {name: _write_split(work / name, texts[name], tokenizer) for name in SPLITS}
-        named = {name: [(f.name, f.digest) for f in part] for name, part in parts.items()}
+        documents, skipped = read(files, text_key)
+        parts = split_by_name(documents, held_out) if len(documents) > 1 else _halves(documents[0], held_out)
+        ratios = {name: _write_split(work / name, parts[name], tokenizer) for name in SPLITS}
         manifest = {
             "bytes_per_token": ratios,
-            "yardsticks": yardsticks("".join(texts["held_out"]).encode()),
-            "files": named,
+            "yardsticks": yardsticks("".join(d.text for d in parts["held_out"]).encode()),
+            "files": [(f.name, f.digest) for f in files],
+            "skipped": skipped,
+            "digests": {p.relative_to(work).as_posix(): _digest(p) for p in sorted(work.rglob("*.npy"))},
         }
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
         if not (folder / "manifest.json").is_file():
@@ -142,35 +183,34 @@ def _write(folder: Path, files: list[TextFile], tokenizer: Tokenizer, held_out: 
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _text(file: TextFile) -> str:
-    try:
-        text = file.path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+def _halves(document: Document, held_out: float) -> dict[str, list[Document]]:
+    """The beginning and the end of a corpus of one document. Raises ValueError where it has a prompt."""
+    if document.prompt is not None:
         raise ValueError(
-            f"{file.path} is no UTF-8 text ({error.reason} at byte {error.start}); remove it from data.path"
-        ) from None
-    return text
+            f"data.path has one prompt and its completion only ({document.name}), and some must be held out; "
+            "give two lines or more"
+        )
+    cut = max(1, round(len(document.text) * (1 - held_out)))
+    end = document.text[cut:] or document.text[-1:]
+    return {"train": [Document(document.name, document.text[:cut])], "held_out": [Document(document.name, end)]}
 
 
-def _halves(text: str, held_out: float) -> dict[str, list[str]]:
-    """The beginning and the end of a corpus of one file."""
-    cut = max(1, round(len(text) * (1 - held_out)))
-    return {"train": [text[:cut]], "held_out": [text[cut:] or text[-1:]]}
-
-
-def _write_split(folder: Path, texts: list[str], tokenizer: Tokenizer) -> float:
+def _write_split(folder: Path, documents: list[Document], tokenizer: Tokenizer) -> float:
     """Tokens as the smallest unsigned integers that hold the vocabulary. Returns the bytes a predicted token.
 
-    After a BOS every byte of a document is predicted; without one, all but its first token's.
+    After a BOS or a prompt every byte of a text is predicted; without one, all but its first token's.
     """
     folder.mkdir()
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    parts = [np.asarray(document_ids(tokenizer, text), dtype=dtype) for text in _progress(texts, folder.name)]
+    found = [document.tokens(tokenizer) for document in _progress(documents, folder.name)]
+    parts = [np.asarray(ids, dtype=dtype) for ids, _ in found]
+    given = np.array([count for _, count in found], dtype=np.int64)
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     np.save(folder / "starts.npy", np.concatenate([[0], lengths.cumsum()[:-1]]).astype(np.int64))
+    np.save(folder / "given.npy", given)
     np.save(folder / "tokens.npy", np.concatenate(parts))
-    predicted = lengths.sum() - len(texts) if tokenizer.begins else lengths.sum()
-    return sum(len(text.encode()) for text in texts) / max(1, int(predicted))
+    predicted = (lengths - np.maximum(given, int(tokenizer.begins))).sum()
+    return sum(len(document.text.encode()) for document in documents) / max(1, int(predicted))
 
 
 def yardsticks(text: bytes) -> dict[str, float]:
@@ -181,8 +221,8 @@ def yardsticks(text: bytes) -> dict[str, float]:
     return {"unigram entropy": unigram, "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text)}
 
 
-def _progress(texts: list[str], split: str) -> Iterator[str]:
+def _progress(documents: list[Document], split: str) -> Iterator[Document]:
     """A bar on a terminal, for corpora that take a while."""
     if not sys.stderr.isatty():
-        return iter(texts)
-    return iter(tqdm(texts, desc=f"tokenising {split}", leave=False))
+        return iter(documents)
+    return iter(tqdm(documents, desc=f"tokenising {split}", leave=False))

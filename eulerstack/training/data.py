@@ -18,8 +18,9 @@ from ..segments import IGNORED, Segments
 from ..spec import ByteTokenizer, HFTokenizer
 from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .corpus import Shard, list_files, shards, standard_library
+from .packing import first_fit, pieces
 
-Item = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+Item = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Batch:
 class Windows(Dataset[Item]):
     """A shard cut into windows of T + 1 tokens, each sharing one token with the next: every token is a target once.
 
-    Item i is (tokens [T + 1], documents [T + 1]); the last window may be short.
+    Item i is (tokens [T + 1], documents [T + 1], may be a target [T + 1]); the last window may be short.
     """
 
     def __init__(self, shard: Shard, seq_len: int) -> None:
@@ -63,8 +64,37 @@ class Windows(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         start = index * self.seq_len
-        tokens = np.asarray(self.shard.tokens[start : start + self.seq_len + 1]).astype(np.int64)
-        return tokens, self.shard.document_at(np.arange(start, start + len(tokens)))
+        return _item(self.shard, np.arange(start, min(start + self.seq_len + 1, len(self.shard.tokens))))
+
+
+class Rows(Dataset[Item]):
+    """A shard's whole documents placed first-fit into rows of up to T + 1 tokens; longer documents are cut.
+
+    Which documents share a row depends on the shard and T only. Items are as those of `Windows`.
+    """
+
+    def __init__(self, shard: Shard, seq_len: int) -> None:
+        self.shard = shard
+        begin, end = pieces(shard.starts, len(shard.tokens), seq_len)
+        row = first_fit(end - begin, seq_len + 1)
+        order = np.argsort(row, kind="stable")
+        self.begin, self.end = begin[order], end[order]
+        self.first = np.searchsorted(row[order], np.arange(row.max() + 2))
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def __getitem__(self, index: int) -> Item:
+        here = slice(self.first[index], self.first[index + 1])
+        return _item(self.shard, np.concatenate([*map(np.arange, self.begin[here], self.end[here])]))
+
+
+def _item(shard: Shard, index: npt.NDArray[np.int64]) -> Item:
+    """The tokens at these places of a shard."""
+    return np.asarray(shard.tokens[index]).astype(np.int64), shard.document_at(index), shard.counts_at(index)
+
+
+PACKINGS: dict[str, type[Windows] | type[Rows]] = {"cut": Windows, "packed": Rows}
 
 
 class Order(Sampler[list[int]]):
@@ -101,10 +131,13 @@ class Order(Sampler[list[int]]):
 class Batches(DataLoader[Any]):
     """A sized loader that knows how far it was read; Lightning saves and restores it with the run."""
 
-    def __init__(self, shard: Shard, seq_len: int, batch_size: int, seed: int | None, workers: int) -> None:
-        windows = Windows(shard, seq_len)
+    def __init__(
+        self, shard: Shard, seq_len: int, batch_size: int, seed: int | None, workers: int, packing: str = "cut"
+    ) -> None:
+        windows = PACKINGS[packing](shard, seq_len)
         self.order = Order(len(windows), batch_size, seed)
         self.corpus = {"windows": len(windows), "batch_size": batch_size, "seq_len": seq_len, "corpus": shard.name}
+        self.corpus["packing"] = packing
         ratio = shard.bytes_per_token
         super().__init__(
             windows,
@@ -136,20 +169,28 @@ class Batches(DataLoader[Any]):
 
 
 def collate(items: list[Item], seq_len: int, bytes_per_token: float) -> Batch:
-    """Rows of T tokens; short rows are filled with targets that do not count. Targets stay inside a document."""
+    """Rows of T tokens; short rows are filled with targets that do not count. Targets stay inside a document.
+
+    A prompt's tokens are no targets.
+    """
     tokens = torch.zeros(len(items), seq_len + 1, dtype=torch.int64)
     document = torch.full_like(tokens, -1)
-    for row, (ids, owner) in enumerate(items):
+    counts = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (ids, owner, may) in enumerate(items):
         tokens[row, : len(ids)] = torch.from_numpy(ids)
         document[row, : len(ids)] = torch.from_numpy(owner)
+        counts[row, : len(ids)] = torch.from_numpy(may)
     inside = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
-    targets = torch.where(inside, tokens[:, 1:], IGNORED)
+    targets = torch.where(inside & counts[:, 1:], tokens[:, 1:], IGNORED)
     whole = bool((document[:, :-1] == document[:, :1]).all())
     return Batch(tokens[:, :-1], targets, None if whole else document[:, :-1].contiguous(), bytes_per_token)
 
 
 class TextData(L.LightningDataModule):
-    """Text for `fit` and `test`: windows of seq_len tokens, each token seeing only its own file.
+    """Text for `fit` and `test`: rows of seq_len tokens, each token seeing only its own document.
+
+    A document is a file of text, or a line of a .jsonl file: {"text": ...}, or {"prompt": ..., "completion": ...}, of
+    which the completion alone is learned.
 
     Args:
         path: a folder or a file of text; by default Python's own standard-library sources on this machine.
@@ -157,10 +198,13 @@ class TextData(L.LightningDataModule):
         tokenizer: a tokenizer.json or its folder; by default what the stack's tokenizer_contract says.
         seq_len: tokens in a row.
         batch_size: rows in a batch.
-        held_out: share of the files kept for validation and test, chosen by the hash of their names.
+        held_out: share of the documents kept for validation and test, chosen by the hash of their names.
         seed: of the shuffling; by default what torch was seeded with.
         workers: processes that load batches.
         cache_dir: where token shards are kept; by default the user's cache folder.
+        text_key: the key of the text in .jsonl lines.
+        packing: `cut` cuts the documents, end to end, into rows; `packed` places whole documents into rows, first fit,
+            and cuts only those longer than a row.
     """
 
     def __init__(
@@ -174,6 +218,8 @@ class TextData(L.LightningDataModule):
         seed: int | None = None,
         workers: int = 0,
         cache_dir: str | None = None,
+        text_key: str = "text",
+        packing: str = "cut",
     ) -> None:
         super().__init__()
         _check_range("seq_len", seq_len, 1, 1 << 24)
@@ -184,6 +230,11 @@ class TextData(L.LightningDataModule):
             raise ValueError("data.path is empty: give a folder or a file of text")
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out = {held_out} must lie between 0 and 1")
+        if not text_key:
+            raise ValueError("data.text_key is empty: name the key of the text in .jsonl lines, such as text")
+        if packing not in PACKINGS:
+            raise ValueError(f"data.packing = {packing!r} must be one of {', '.join(PACKINGS)}")
+        self.text_key, self.packing = text_key, packing
         self.path, self.pattern, self.tokenizer = path, pattern, tokenizer
         self.seq_len, self.batch_size, self.held_out = seq_len, batch_size, held_out
         self.seed, self.workers = seed, workers
@@ -199,7 +250,7 @@ class TextData(L.LightningDataModule):
         if model is not None:
             check_fits(self.text_tokenizer, model.spec.model.vocab_size)
         files = standard_library() if self.path is None else list_files(Path(self.path), self.pattern)
-        self.shards = shards(files, self.text_tokenizer, self.held_out, self.cache)
+        self.shards = shards(files, self.text_tokenizer, self.held_out, self.cache, self.text_key)
 
     def _contract(self, stacks: ByteTokenizer | HFTokenizer | None) -> ByteTokenizer | HFTokenizer:
         """The stack's contract, with another file if one is given. Raises ValueError where the stack speaks bytes."""
@@ -226,7 +277,7 @@ class TextData(L.LightningDataModule):
         model = getattr(self.trainer, "lightning_module", None)
         if model is not None:
             _check_length(self.seq_len, model)
-        return Batches(self.shards[split], self.seq_len, self.batch_size, seed, self.workers)
+        return Batches(self.shards[split], self.seq_len, self.batch_size, seed, self.workers, self.packing)
 
     def test_dataloader(self) -> Batches:
         return self.val_dataloader()

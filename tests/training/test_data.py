@@ -26,10 +26,10 @@ def test_files_are_sorted_listed_hashed_and_split_by_file(corpus: Path) -> None:
     files = module.list_files(corpus)
     assert [f.name for f in files] == sorted(f.name for f in files)
     assert len(files) == 20
-    parts = module.split_files(files, 0.3)
+    parts = module.split_by_name(files, 0.3)
     assert {f.name for f in parts["train"]} | {f.name for f in parts["held_out"]} == {f.name for f in files}
     assert not {f.name for f in parts["train"]} & {f.name for f in parts["held_out"]}
-    fewer = module.split_files(files[:10] + files[11:], 0.3)  # taking a file away moves no other
+    fewer = module.split_by_name(files[:10] + files[11:], 0.3)  # taking a file away moves no other
     assert {f.name for f in fewer["held_out"]} == {f.name for f in parts["held_out"]} - {files[10].name}
 
 
@@ -38,7 +38,7 @@ def test_every_token_of_every_document_is_a_target_once(corpus: Path) -> None:
     texts = {f.name: f.path.read_bytes() for f in module.list_files(corpus)}
     for loader in (made.val_dataloader(),):
         targets = np.concatenate([b.targets[b.targets >= 0].numpy() for b in loader])
-        held = module.split_files(module.list_files(corpus), 0.02)["held_out"]
+        held = module.split_by_name(module.list_files(corpus), 0.02)["held_out"]
         wanted = b"".join(texts[f.name][1:] for f in held)
         assert bytes(targets.astype(np.uint8)) == wanted
         inputs = [
