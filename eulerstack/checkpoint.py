@@ -4,33 +4,41 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .model import Stack, build
-from .spec import dump, load
+from .spec import StackSpec, dump, load, loads
+from .stored import FORMAT, HEADER, WEIGHTS, check_checkpoint
 from .tokens import Tokenizer
 
-FORMAT = 1
-_HEADER = "eulerstack.json"
 
+def save_checkpoint(
+    model: Stack, folder: str | Path, tokenizer: Tokenizer | None = None, notes: dict[str, Any] | None = None
+) -> None:
+    """Write the directory beside its place and move it there whole, so that none is ever half written.
 
-def save_checkpoint(model: Stack, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the directory beside its place and move it there whole, so that none is ever half written."""
+    notes: what the header is to hold as well, as JSON.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         dump(model.spec, work / "spec.yml")
         weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, str(work / "model.safetensors"))
+        save_file(weights, str(work / WEIGHTS))
         if tokenizer is not None:
             tokenizer.save(work)
-        (work / _HEADER).write_text(json.dumps({"format": FORMAT, "extensions": model.spec.extensions}) + "\n")
+        header = {"format": FORMAT, "extensions": model.spec.extensions, **(notes or {})}
+        (work / HEADER).write_text(json.dumps(header) + "\n")
         work.chmod(0o755)
+        for file in (*work.iterdir(), work):
+            _to_disk(file)
         _replace(folder, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -61,17 +69,67 @@ def load_weights(model: Stack, folder: Path) -> None:
         raise ValueError(f"{folder} holds weights that do not fit its spec: {error}") from error
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises ValueError unless the folder is a checkpoint of a format this version reads."""
-    missing = [name for name in (_HEADER, "spec.yml", "model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(missing)}; give the folder that `fit` wrote")
+def read_run(file: Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+    """What a run's resume/*.ckpt holds. Raises ValueError for a file that is damaged, or no such checkpoint."""
+    with file.open("rb") as data:
+        try:
+            found: dict[str, Any] = torch.load(data, map_location=map_location, weights_only=weights_only)
+        except Exception as error:  # a damaged file raises almost anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{file} cannot be read, it is damaged or no checkpoint of a run ({reason}); "
+                "resume from another .ckpt, or start a new run from a checkpoint directory"
+            ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no checkpoint of a run: it holds a {type(found).__name__}")
+    return found
+
+
+def stack_of_run(file: Path, dtype: torch.dtype | None = None) -> Stack:
+    """The stack of a run's resume/*.ckpt, in evaluation mode on the CPU. dtype: the one its spec names by default.
+
+    Raises ValueError for a file that holds no stack.
+    """
+    found = read_run(file)
+    if "stack" not in found or "state_dict" not in found:
+        raise ValueError(f"{file} holds no stack: give a resume/*.ckpt that `eulerstack fit` wrote")
+    model = build(loads(found["stack"]), dtype=dtype)
+    weights = {name.removeprefix("_built."): weight for name, weight in found["state_dict"].items()}
     try:
-        found = json.loads((folder / _HEADER).read_text())["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} is no checkpoint: its {_HEADER} names no format") from None
-    if type(found) is not int or found != FORMAT:
-        raise ValueError(f"{folder} has checkpoint format {found}; this version reads {FORMAT}")
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{file} holds weights that do not fit its spec: {error}") from error
+    return model.eval()
+
+
+def with_dtype(spec: StackSpec, dtype: torch.dtype) -> StackSpec:
+    """The same stack with another dtype, which `load_checkpoint` then takes."""
+    name = str(dtype).removeprefix("torch.")
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": name})})
+
+
+def write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file beside its place and move it there when all of it is on the disk: never half of it, never none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.parent / f".{file.name}.part"
+    try:
+        with part.open("wb") as data:
+            write(data)
+            data.flush()
+            os.fsync(data.fileno())
+        os.replace(part, file)
+        _to_disk(file.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _to_disk(place: Path) -> None:
+    """Returns when the file's bytes, or the directory's names, would outlive a loss of power."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _replace(folder: Path, work: Path) -> None:
@@ -79,7 +137,13 @@ def _replace(folder: Path, work: Path) -> None:
         check_checkpoint(folder)  # never delete what is not ours
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
         os.replace(folder, old / folder.name)
-        os.replace(work, folder)
+        try:
+            os.replace(work, folder)
+        except OSError:
+            os.replace(old / folder.name, folder)
+            old.rmdir()
+            raise
         shutil.rmtree(old)
     else:
         os.replace(work, folder)
+    _to_disk(folder.parent)

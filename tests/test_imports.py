@@ -22,10 +22,13 @@ MAY_IMPORT = {
     "costs": {"block", "model", "spec"},
     "memory": {"block", "groups", "model", "segments", "spec"},
     "devices": set(),
-    "checkpoint": {"model", "spec", "tokens"},
+    "stored": set(),
+    "checkpoint": {"model", "spec", "stored", "tokens"},
     "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
-    "training": {"block", "checkpoint", "groups", "mixers", "model", "segments", "spec", "state", "tokens"},
-    "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "tokens", "training"},
+    "training": {
+        *("block", "checkpoint", "devices", "groups", "mixers", "model", "segments", "spec", "state", "stored", "tokens"),
+    },
+    "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "stored", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}}
 FOREIGN |= {
@@ -35,7 +38,7 @@ FOREIGN |= {
     "uvicorn": {"inference"},
 }
 FOREIGN |= {name: {"kernels"} for name in ("numba", "triton", "fla", "mamba_ssm", "causal_conv1d", "flash_attn")}
-TORCH_FREE = {"spec"}
+TORCH_FREE = {"spec", "stored"}
 
 
 def room(file: Path) -> str:

@@ -237,6 +237,43 @@ def test(arguments: tuple[str, ...]) -> None:
     run("test", list(arguments))
 
 
+@cli.group()
+def checkpoint() -> None:
+    """Trained stacks on the disk: what is in one, and one from a run that was stopped."""
+
+
+@checkpoint.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(folder: str, as_json: bool) -> None:
+    """Say what a checkpoint directory holds, without reading its weights.
+
+    \b
+      eulerstack checkpoint inspect runs/mine/checkpoint
+    """
+    from .stored import inspect as show
+
+    show(folder, as_json)
+
+
+@checkpoint.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights; as they are.")
+def convert(source: str, target: str, dtype: str | None) -> None:
+    """Write a run's .ckpt, or a checkpoint directory, as a checkpoint directory TARGET.
+
+    With --dtype, what must stay float32 does: decays, dt biases, balancing biases.
+
+    \b
+      eulerstack checkpoint convert runs/mine/resume/last.ckpt mine
+      eulerstack checkpoint convert runs/mine/checkpoint mine16 --dtype bfloat16
+    """
+    from .convert import convert as write
+
+    write(source, target, dtype)
+
+
 @cli.command()
 @click.option("--checkpoint", required=True, metavar="DIR", help="The checkpoint/ folder that `fit` wrote.")
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Where to go on from; give many for a batch.")

@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning as L
 
-from ..checkpoint import check_checkpoint, save_checkpoint
+from ..checkpoint import save_checkpoint
+from ..stored import check_checkpoint
 from .module import StackModule
 
 
