@@ -1,6 +1,7 @@
 """GPUs that people train on: memory as `nvidia-smi` shows it, and the data sheet's dense matmul rate in 16 bits."""
 
 import difflib
+import re
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -42,3 +43,25 @@ def find(name: str) -> Device:
     near = difflib.get_close_matches(name.lower(), DEVICES, 1)
     known = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(DEVICES)}"
     raise ValueError(f"--device {name!r} is not in the table of devices; {known}")
+
+
+DRIVER_NAMES = {
+    "a100": r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe",
+    "h100": r"H100 80GB HBM3",
+    "h200": r"H200",
+    "b200": r"B200",
+    "a10": r"A10",
+    "l4": r"L4",
+    "l40s": r"L40S",
+    "rtx3090": r"GeForce RTX 3090",
+    "rtx4090": r"GeForce RTX 4090",
+    "t4": r"T4",
+    "v100": r"V100-SXM[23]-\d+GB",
+}
+"""What the driver calls a device of the table, after the maker's name; slower versions and shares of one are not."""
+
+
+def recognise(name: str) -> Device | None:
+    """The device that the driver calls `name`, as torch.cuda.get_device_name does; None for one that is not known."""
+    bare = re.sub(r"^(NVIDIA |Tesla )+", "", name)
+    return next((DEVICES[key] for key, pattern in DRIVER_NAMES.items() if re.fullmatch(pattern, bare)), None)

@@ -1,6 +1,7 @@
 """The YAML language: what a stack file may say. Imports no torch, and nothing else of ours."""
 
 from .check import idle_hints
+from .differ import differ
 from .errors import Problem, SpecError, SpecWarning
 from .expand import LayerSpec, ahead, expand
 from .extensions import ExtensionSpec, register
@@ -69,6 +70,7 @@ __all__ = [
     "StackSpec",
     "TrainingHints",
     "ahead",
+    "differ",
     "dump",
     "expand",
     "from_data",

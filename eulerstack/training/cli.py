@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,8 +16,10 @@ from ..spec import hint_places, load
 from .callbacks import Export
 from .data import TextData
 from .diagnostics import Diagnostics
+from .keeping import KeepBest, WholeFiles
 from .module import StackModule
 from .settings import table
+from .throughput import Throughput
 
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
@@ -31,7 +34,8 @@ BAR_EVERY = 5
 class StackCLI(LightningCLI):
     """What a run leaves goes where `--trainer.default_root_dir` says: runs/NAME unless given.
 
-    resume/last.ckpt is for `--ckpt_path last`, checkpoint/ for `test` and `generate`, logs/ and loss.png to look at.
+    resume/last.ckpt is for `--ckpt_path last`, checkpoint/ and best/ for `test` and `generate`, logs/ and loss.png to
+    look at.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -39,6 +43,13 @@ class StackCLI(LightningCLI):
         parser.add_argument(
             "--diagnose_every", type=int, default=100, help="Steps between logs of decays and states by layer; 0: none."
         )
+        text = "How many checkpoints to keep in best/: those with the lowest val_bits_per_byte."
+        parser.add_argument("--keep_best", type=int | None, default=None, help=text)
+        text = "The device's FLOPs a second, for MFU; that of the data sheet for GPUs that are known."
+        parser.add_argument("--peak_flops", type=float | None, default=None, help=text)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the module's hyperparameters from the file here; a StackModule saves none."""
 
     def before_instantiate_classes(self) -> None:
         """Seed by --seed_everything, or by the spec's hint."""
@@ -69,9 +80,8 @@ class StackCLI(LightningCLI):
         if fitting and config["enable_checkpointing"] is not False:
             callbacks.append(self._resume_point(root))
         if fitting:
-            callbacks.append(Export())
-            if (every := self._get(self.config, "diagnose_every")) != 0:
-                callbacks.append(Diagnostics(every))
+            callbacks += [Export(), *self._watchers()]
+        kwargs["plugins"] = _with_whole_files(config["plugins"])
         if config["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(root, name="logs") if fitting else False
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
@@ -79,6 +89,12 @@ class StackCLI(LightningCLI):
         if trainer.world_size > 1:
             raise ValueError("training on several devices is not supported yet: set --trainer.devices 1")
         return trainer
+
+    def _watchers(self) -> list[L.Callback]:
+        """What keeps the best stacks and what tells of the mixers, if they are asked for, and the clock."""
+        best, every, peak = (self._get(self.config, key) for key in ("keep_best", "diagnose_every", "peak_flops"))
+        told = [] if every == 0 else [Diagnostics(every)]
+        return [*([] if best is None else [KeepBest(best)]), *told, Throughput(peak)]
 
     def _resume_point(self, root: Path) -> ModelCheckpoint:
         """resume/last.ckpt; one of an earlier run goes, unless this run resumes it."""
@@ -91,6 +107,12 @@ class StackCLI(LightningCLI):
         if every < 1:
             raise ValueError(f"--resume_every {every} must be 1 or more")
         return ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
+
+
+def _with_whole_files(plugins: Any) -> list[Any]:
+    """The Trainer's plugins, and ours for checkpoints unless one of them is for these."""
+    given = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, WholeFiles()]
 
 
 def run(verb: str, arguments: list[str]) -> None:

@@ -1,7 +1,6 @@
 """StackModule: a stack as a plain LightningModule."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ..checkpoint import check_checkpoint, load_weights
+from ..checkpoint import load_weights
 from ..model import Stack, build
 from ..segments import IGNORED
-from ..spec import StackSpec, TrainingHints, dump, load, loads, with_hints
+from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, with_hints
+from ..stored import check_checkpoint
 from .data import Batch, TextData
 from .optim import make_optimizer, make_schedule
 
@@ -80,7 +80,6 @@ class StackModule(L.LightningModule):
         self.kernels = kernels
         self._built: Stack | None = None
         self._seed = torch.initial_seed()
-        self._clock: float | None = None
         self._loads: dict[int, Tensor] = {}
         if self.spec.training_hints.optimizer_groups:
             build(self.spec, "meta", kernels=kernels)  # refuses groups that match nothing before any data are read
@@ -137,16 +136,6 @@ class StackModule(L.LightningModule):
         self.model.rebalance(self._loads)
         self._loads = {}
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
-        now = time.perf_counter()
-        if self._clock is not None:
-            speed = batch.tokens.numel() / (now - self._clock)
-            self.log("tokens_per_second", speed, prog_bar=True, batch_size=batch.tokens.shape[0])
-        self._clock = now
-
-    def on_validation_end(self) -> None:
-        self._clock = None  # a step's time does not hold the validation
-
     def validation_step(self, batch: Batch, index: int) -> None:
         self._measure("val_bits_per_byte", batch)
 
@@ -199,8 +188,8 @@ class StackModule(L.LightningModule):
             return
         what = "recipe" if was.model_copy(update={"training_hints": self.spec.training_hints}) == self.spec else "stack"
         raise ValueError(
-            f"the run to resume trained with another {what} than this spec and these --model options; "
-            "resume with those it started with, or start a new run from its checkpoint/"
+            f"the run to resume trained with another {what} than this spec and these --model options: "
+            f"{differ(was, self.spec)}; resume with those it started with, or start a new run from its checkpoint/"
         )
 
     def _steps(self) -> int:
