@@ -16,9 +16,11 @@ Train a stack. FILE is a YAML file, a preset's name, or a checkpoint directory t
   eulerstack fit --preset my.yml --data.path my_texts/ --data.seq_len 1024 --trainer.precision bf16-mixed
   eulerstack fit --preset my.yml --set model.d_model=512 --set layer_schedule.0.repeat=4
   eulerstack fit --preset my.yml --trainer.max_steps 1000 --ckpt_path last      go on with a run that was stopped
+  eulerstack fit --preset my.yml --trainer.val_check_interval 500 --keep_best 3    the best three, in best/
   eulerstack fit --config run.yaml                                              all keys from a file
 
-The run's folder (--trainer.default_root_dir, runs/NAME by default) then holds checkpoint/, resume/, logs/, loss.png.
+The run's folder (--trainer.default_root_dir, runs/NAME by default) then holds checkpoint/, resume/, best/ if asked for,
+logs/, loss.png.
 Without --data.path it trains on Python's own standard library. All keys:
 """,
     "test": """\

@@ -144,6 +144,7 @@ def test_another_stack_does_not_resume(stack_file: Path, corpus: Path, tmp_path:
     done = eulerstack(*fit_words(stack_file, corpus, "run", 8), "--ckpt_path", "last", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "with another stack" in done.stderr
+    assert "retnet.chunk_size was 16 and is 8" in done.stderr or "mamba.chunk_size was 16 and is 8" in done.stderr
     assert "Traceback" not in done.stderr
 
 

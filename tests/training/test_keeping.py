@@ -13,6 +13,7 @@ import torch
 
 import eulerstack as es
 from eulerstack import checkpoint
+from eulerstack.cli.train import run
 from eulerstack.spec import differ
 from eulerstack.training.keeping import KeepBest, WholeFiles, kept
 
@@ -171,3 +172,30 @@ def test_nothing_to_keep_is_said(trainer: Callable[..., L.Trainer], capsys: pyte
         KeepBest(0)
     trainer(1, callbacks=[KeepBest(2)])
     assert "before its first validation" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # those of Lightning's command line
+def test_fit_keeps_the_best_and_says_its_speed(
+    stack_file: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.argv", ["eulerstack"])
+    root = tmp_path / "run"
+    words = ["--preset", str(stack_file), "--data.path", str(corpus), "--data.seq_len", "32", "--data.batch_size", "4"]
+    words += ["--trainer.max_steps", "6", "--trainer.default_root_dir", str(root), "--trainer.log_every_n_steps", "2"]
+    words += ["--trainer.val_check_interval", "2", "--trainer.check_val_every_n_epoch", "null", "--keep_best", "2"]
+    words += ["--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu", "--peak_flops", "1e12"]
+    run("fit", words)
+    assert len(kept(root / "best")) == 2
+    assert capsys.readouterr().out.count("best: ") == 2
+    head = (root / "logs" / "version_0" / "metrics.csv").read_text().partition("\n")[0].split(",")
+    assert {"tokens_per_second", "mfu", "peak_memory_gib"} <= set(head)
+    assert [file.name for file in (root / "resume").iterdir()] == ["last.ckpt"]
+    with pytest.raises(ValueError, match=r"another stack.*model\.mlp_ratio was 1\.0 and is 3\.0"):
+        run("fit", [*words, "--set", "model.mlp_ratio=3", "--ckpt_path", "last"])
+    last = root / "resume" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:9000])
+    for path in ("last", str(last)):
+        with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
+            run("fit", [*words, "--ckpt_path", path])
