@@ -23,7 +23,8 @@ def save_checkpoint(
 ) -> None:
     """Write the directory beside its place and move it there whole, so that none is ever half written.
 
-    notes: what the header is to hold as well, as JSON.
+    notes: what the header is to hold as well, as JSON. Raises OSError where the disk does not take it, and leaves the
+    directory that was there.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +32,10 @@ def save_checkpoint(
     try:
         dump(model.spec, work / "spec.yml")
         weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, str(work / WEIGHTS))
+        try:
+            save_file(weights, str(work / WEIGHTS))
+        except SafetensorError as error:
+            raise OSError(f"{folder} cannot be written: {error}") from error
         if tokenizer is not None:
             tokenizer.save(work)
         header = {"format": FORMAT, "extensions": model.spec.extensions, **(notes or {})}

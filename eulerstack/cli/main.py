@@ -1,4 +1,4 @@
-"""The `eulerstack` command. `validate` and `presets` load no torch."""
+"""The `eulerstack` command. `validate`, `presets` and `checkpoint inspect` load no torch."""
 
 import gc
 import os

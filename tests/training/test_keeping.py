@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import eulerstack as es
 from eulerstack import checkpoint
@@ -108,7 +109,10 @@ def test_a_directory_that_cannot_be_written_leaves_the_old_one(
             full()
         replace(source, target)
 
-    for name, broken in (("save_file", full), ("os.replace", only_back)):
+    def full_as_safetensors_says_it(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    for name, broken in (("save_file", full_as_safetensors_says_it), ("_to_disk", full), ("os.replace", only_back)):
         monkeypatch.setattr(f"eulerstack.checkpoint.{name}", broken)
         with pytest.raises(OSError, match="No space left"):
             es.save_checkpoint(es.build(es.load(stack_file)), folder)
