@@ -26,7 +26,19 @@ MAY_IMPORT = {
     "checkpoint": {"model", "spec", "stored", "tokens"},
     "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
     "training": {
-        *("block", "checkpoint", "devices", "groups", "mixers", "model", "segments", "spec", "state", "stored", "tokens"),
+        *(
+            "block",
+            "checkpoint",
+            "devices",
+            "groups",
+            "mixers",
+            "model",
+            "segments",
+            "spec",
+            "state",
+            "stored",
+            "tokens",
+        ),
     },
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "stored", "tokens", "training"},
 }
