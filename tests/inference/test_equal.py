@@ -63,7 +63,7 @@ def test_any_stack_writes_what_recomputing_gives(way: str, spec: es.StackSpec, l
 
 @pytest.mark.slow
 @ways
-@settings(max_examples=400, **DRAWN)
+@settings(max_examples=100, **DRAWN)
 @given(spec=stacks(), seed=st.integers(0, 99), lengths=st.lists(st.integers(1, ROOM - 16), min_size=1, max_size=4))
 def test_any_stack_writes_what_recomputing_gives_at_length(
     way: str, spec: es.StackSpec, seed: int, lengths: list[int]
@@ -153,7 +153,7 @@ def test_any_arrivals_and_cancellations(
 
 
 @pytest.mark.slow
-@settings(max_examples=400, **DRAWN)
+@settings(max_examples=100, **DRAWN)
 @given(spec=stacks(), **SCHEDULE)
 def test_any_arrivals_and_cancellations_at_length(
     spec: es.StackSpec, slots: int, chunk: int, store: int | None, events: list[Event]
@@ -195,7 +195,7 @@ def test_a_seed_draws_the_same_in_the_engine_alone_and_from_a_recompute(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, **DRAWN)
+@settings(max_examples=60, **DRAWN)
 @given(spec=stacks(), rules=st.lists(RULES, min_size=1, max_size=5))
 def test_a_seed_draws_the_same_at_length(spec: es.StackSpec, rules: list[dict[str, Any]]) -> None:
     drawn_alike(spec, rules)
