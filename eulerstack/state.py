@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from secrets import token_hex
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol, Self
 from zlib import crc32
 
@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 2
+PART = ".part"
+"""The end of the names of folders, beside saved states, that hold what is being written."""
 
 
 class LayerState:
@@ -523,17 +525,19 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Beside its place first, and moved there when it is on the disk: what is there is always whole."""
-    part = path.with_name(f".{path.name}.{token_hex(4)}.part")
+    """Beside its place first, and moved there when it is on the disk: what is there is always whole.
+
+    In a folder of its own, since safetensors writes to a file beside the one it is given, under a name of its choice.
+    """
     try:
-        save_file(tensors, str(part), metadata)
-        _sync(part)
-        part.replace(path)
-        _sync(path.parent)
-    except SafetensorError as error:
+        with TemporaryDirectory(PART, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as work:
+            part = Path(work) / path.name
+            save_file(tensors, str(part), metadata)
+            _sync(part)
+            part.replace(path)
+            _sync(path.parent)
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

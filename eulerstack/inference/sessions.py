@@ -1,13 +1,14 @@
 """Conversations that rest on disk between two turns: a file each, resumed by id."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..model import Stack
-from ..state import Saved, StackState
+from ..state import PART, Saved, StackState
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKENS = "tokens"
@@ -22,8 +23,8 @@ class Sessions:
     def __init__(self, folder: str | Path, model: Stack) -> None:
         self.folder, self.model = Path(folder), _Unchanging(model)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(".*.part"):  # half written when a process was killed
-            part.unlink()
+        for part in self.folder.glob(f".*{PART}"):  # half written when a process was killed
+            shutil.rmtree(part)
 
     def park(self, session: str, state: StackState, tokens: Sequence[int]) -> None:
         """Keep a conversation: all its tokens, and a state of one row that has read the first of them.

@@ -339,6 +339,27 @@ def test_kill_9_while_parking_loses_no_session(checkpoint: Path, tmp_path: Path,
     assert len(turns) == kills
 
 
+def test_what_a_killed_process_was_writing_goes(
+    build_mini: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors writes beside the file that it is given; a kill leaves that, and all of the folder around it."""
+    model = build_mini()
+    sessions, state = Sessions(tmp_path, model), model.init_state(1, 120)
+
+    def killed(tensors: dict[str, torch.Tensor], file: str, metadata: dict[str, str]) -> None:
+        (Path(file).parent / ".tmpUKveH6").write_bytes(b"half")
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state_module, "save_file", killed)
+        patched.setattr("shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(OSError, match="killed"):
+            sessions.park("talk", state, [1])
+    assert len(list(tmp_path.iterdir())) == 1
+    Sessions(tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
 RESUMING = """
 import sys, eulerstack as es
 from eulerstack.inference.engine import Engine
