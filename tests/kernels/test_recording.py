@@ -137,7 +137,7 @@ def test_small_operations_are_pytorchs_to_the_bit(what: str, data: st.DataObject
 
 def test_what_writes_in_rows_does_so_or_says_that_there_is_no_such_place() -> None:
     caches, rows = torch.zeros(3, 8, 2, 4), torch.arange(3)[:, None]
-    slots, values = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 1, 2, 4)
+    slots, values = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1, 2, 4)
     with recording.Recording() as heard:
         caches[rows, slots] = values
     program = heard.program()
