@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .disk import to_disk
 from .model import Stack, build
 from .spec import StackSpec, dump, load, loads
 from .stored import FORMAT, HEADER, WEIGHTS, check_checkpoint
@@ -42,7 +42,7 @@ def save_checkpoint(
         (work / HEADER).write_text(json.dumps(header) + "\n")
         work.chmod(0o755)
         for file in (*work.iterdir(), work):
-            _to_disk(file)
+            to_disk(file)
         _replace(folder, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -68,9 +68,21 @@ def load_checkpoint(
 def load_weights(model: Stack, folder: Path) -> None:
     """Read a checkpoint's weights into a stack of the same spec, in the dtypes that the stack has."""
     try:
-        model.load_state_dict(load_file(str(folder / "model.safetensors")))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds weights that do not fit its spec: {error}") from error
+        weights = load_file(str(folder / WEIGHTS))
+    except SafetensorError as error:
+        raise _unfit(folder, error) from error
+    _fill(model, weights, folder)
+
+
+def _fill(model: Stack, weights: dict[str, torch.Tensor], place: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise _unfit(place, error) from error
+
+
+def _unfit(place: Path, error: Exception) -> ValueError:
+    return ValueError(f"{place} holds weights that do not fit its spec: {error}")
 
 
 def read_run(file: Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
@@ -99,10 +111,7 @@ def stack_of_run(file: Path, dtype: torch.dtype | None = None) -> Stack:
         raise ValueError(f"{file} holds no stack: give a resume/*.ckpt that `eulerstack fit` wrote")
     model = build(loads(found["stack"]), dtype=dtype)
     weights = {name.removeprefix("_built."): weight for name, weight in found["state_dict"].items()}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{file} holds weights that do not fit its spec: {error}") from error
+    _fill(model, weights, file)
     return model.eval()
 
 
@@ -110,30 +119,6 @@ def with_dtype(spec: StackSpec, dtype: torch.dtype) -> StackSpec:
     """The same stack with another dtype, which `load_checkpoint` then takes."""
     name = str(dtype).removeprefix("torch.")
     return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": name})})
-
-
-def write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file beside its place and move it there when all of it is on the disk: never half of it, never none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.parent / f".{file.name}.part"
-    try:
-        with part.open("wb") as data:
-            write(data)
-            data.flush()
-            os.fsync(data.fileno())
-        os.replace(part, file)
-        _to_disk(file.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _to_disk(place: Path) -> None:
-    """Returns when the file's bytes, or the directory's names, would outlive a loss of power."""
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _replace(folder: Path, work: Path) -> None:
@@ -150,4 +135,4 @@ def _replace(folder: Path, work: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(work, folder)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)

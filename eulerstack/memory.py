@@ -42,8 +42,8 @@ LOOPS = {("selective_scan", "torch"), ("wkv", "torch")}
 class TrainingMemory:
     """Bytes at the peak of a training step, which is their sum.
 
-    activations: what the layers keep for the backward. work: what the peak has on top, be it logits and loss, what a
-    layer's backward is at, or the optimizer's step.
+    activations: what the layers keep for the backward. work: what the peak has on top, be it logits and loss or what a
+    layer's backward is at.
     """
 
     weights: int
@@ -80,7 +80,7 @@ class Step:
     """The layers of a training step, and the ends around them: embedding, norm, head and loss.
 
     embedded: bytes of the first layer's input. shared: what the first layer to ask makes for all, phases and masks.
-    optimizer: bytes of its state; its step makes nothing that lasts.
+    optimizer: bytes of its state; its step is one kernel and makes nothing more.
     """
 
     layers: tuple[Part, ...]
@@ -100,7 +100,7 @@ class Step:
         return TrainingMemory(weights, weights, self.optimizer, before[-1], work)
 
     def _peaks(self, layers: tuple[Part, ...], before: list[int], gradients: list[int], weights: int) -> Iterator[int]:
-        """Of each part's forward and backward, and of the optimizer's step.
+        """Of each part's forward and backward.
 
         `before` a layer's forward so much is kept, before its backward there are so many bytes of gradients. Those of
         the last step are there until the backward starts: Lightning drops them between forward and backward.
@@ -140,10 +140,10 @@ def count_step(spec: StackSpec, batch: int, tokens: int, precision: Precision = 
     stack.check_length(tokens, training=True)
     mixed = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "bf16-mixed" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive, mixed:
-        return _count(stack, batch, tokens, device, alive)
+        return _count(stack, batch, tokens, alive)
 
 
-def _count(stack: Stack, batch: int, tokens: int, device: str, alive: "Alive") -> Step:
+def _count(stack: Stack, batch: int, tokens: int, alive: "Alive") -> Step:
     """Equal layers are counted once; weights that layers share, with the first of them."""
     optimizer = _optimizer(stack)
     blocks, stack.plan, stack.layers = stack.blocks, (), nn.ModuleDict()

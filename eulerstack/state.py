@@ -5,7 +5,6 @@ over those tensors. A state handed to `chunkwise` or `recurrent` is consumed: us
 """
 
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .disk import to_disk
 
 FORMAT = 2
 PART = ".part"
@@ -533,20 +534,11 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         with TemporaryDirectory(PART, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as work:
             part = Path(work) / path.name
             save_file(tensors, str(part), metadata)
-            _sync(part)
+            to_disk(part)
             part.replace(path)
-            _sync(path.parent)
+            to_disk(path.parent)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's data, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header(path: str | Path, metadata: dict[str, str] | None, model: Stateful) -> dict[str, Any]:

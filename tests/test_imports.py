@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "eulerstack"
 MAY_IMPORT = {
     "spec": set(),
     "segments": set(),
-    "state": set(),
+    "disk": set(),
+    "state": {"disk"},
     "tokens": {"spec"},
     "kernels": {"segments"},
     "layers": {"kernels", "segments", "spec"},
@@ -23,23 +24,10 @@ MAY_IMPORT = {
     "memory": {"block", "groups", "model", "segments", "spec"},
     "devices": set(),
     "stored": set(),
-    "checkpoint": {"model", "spec", "stored", "tokens"},
+    "checkpoint": {"disk", "model", "spec", "stored", "tokens"},
     "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
-    "training": {
-        *(
-            "block",
-            "checkpoint",
-            "devices",
-            "groups",
-            "mixers",
-            "model",
-            "segments",
-            "spec",
-            "state",
-            "stored",
-            "tokens",
-        ),
-    },
+    "training": {"block", "checkpoint", "devices", "disk", "groups", "mixers", "model", "segments", "spec", "state"}
+    | {"stored", "tokens"},
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "stored", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}}

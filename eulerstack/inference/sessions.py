@@ -23,8 +23,8 @@ class Sessions:
     def __init__(self, folder: str | Path, model: Stack) -> None:
         self.folder, self.model = Path(folder), _Unchanging(model)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(f".*{PART}"):  # half written when a process was killed
-            shutil.rmtree(part)
+        for part in self.folder.glob(f".*{PART}"):  # half written when a process was killed; files by earlier versions
+            part.unlink() if part.is_file() else shutil.rmtree(part)
 
     def park(self, session: str, state: StackState, tokens: Sequence[int]) -> None:
         """Keep a conversation: all its tokens, and a state of one row that has read the first of them.

@@ -14,10 +14,10 @@ from ..segments import Segments
 from ..state import StackState
 
 WARM = 1  # steps before one is recorded, which takes as long as four
+SPAN = 256  # rows are read in so many tokens at once, or an eighth of theirs
+
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None] | None]]
 """Takes a step; returns its result, and what takes it again into the same memory, or None where that may differ."""
-
-SPAN = 256  # rows are read in so many tokens at once, or an eighth of theirs
 
 
 class _Recorded(NamedTuple):

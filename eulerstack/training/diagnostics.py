@@ -67,9 +67,9 @@ def diagnose(model: Stack, tokens: Tensor, document: Tensor | None = None) -> di
 
 def _of_mixer(mixer: Mixer[Any], x: Tensor, segments: Segments) -> Iterator[tuple[str, Tensor]]:
     for name, values in mixer.dynamics(x, segments).items():
+        ordered, last = values.flatten().sort().values, values.numel() - 1
         for which, share in (("least", 0.0), ("median", 0.5), ("most", 1.0)):
-            at = round(share * (values.numel() - 1))
-            yield f"{name}_{which}", values.flatten().sort().values[at]
+            yield f"{name}_{which}", ordered[round(share * last)]
     _, state = mixer.chunkwise(x, mixer.init_state(x.shape[0], x.shape[1], x.device, x.dtype), segments)
     for part in state.branches if isinstance(state, BranchedState) else (state,):
         for name, tensor in part.tensors().items():

@@ -9,7 +9,8 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from ..checkpoint import read_run, save_checkpoint, write_whole
+from ..checkpoint import read_run, save_checkpoint
+from ..disk import write_whole
 from ..stored import check_checkpoint
 from .module import StackModule
 

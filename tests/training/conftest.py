@@ -1,8 +1,21 @@
-"""A tiny corpus and a tiny stack file."""
+"""A tiny corpus and a tiny stack file, and a Trainer that says nothing."""
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+"""Options of a Trainer."""
 
 TINY = """
 schema_version: 1
@@ -36,3 +49,12 @@ def corpus(tmp_path: Path) -> Path:
     (folder / "empty.txt").write_text("")
     (folder / ".hidden").write_text("not text of ours")
     return folder
+
+
+@pytest.fixture
+def lightnings_own_warnings() -> Iterator[None]:
+    """Ignores what Lightning warns of in any small run."""
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*treespec.*", ".*GPU available but not used.*"):
+            warnings.filterwarnings("ignore", message=message)
+        yield

@@ -12,7 +12,9 @@ from eulerstack.mixers.retention import log_gamma
 from eulerstack.segments import Segments
 from eulerstack.training.diagnostics import Diagnostics, diagnose
 
-from .test_module import QUIET, _lightnings_own_warnings  # noqa: F401 - a fixture
+from .conftest import QUIET
+
+pytestmark = pytest.mark.usefixtures("lightnings_own_warnings")
 
 TEXT = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
 

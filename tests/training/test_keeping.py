@@ -2,7 +2,6 @@
 
 import errno
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,9 @@ from eulerstack.cli.train import run
 from eulerstack.spec import differ
 from eulerstack.training.keeping import KeepBest, WholeFiles, kept
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+from .conftest import QUIET
 
-
-@pytest.fixture(autouse=True)
-def _lightnings_own_warnings() -> Any:
-    with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*treespec.*", ".*GPU available but not used.*"):
-            warnings.filterwarnings("ignore", message=message)
-        yield
+pytestmark = pytest.mark.usefixtures("lightnings_own_warnings")
 
 
 @pytest.fixture
@@ -112,7 +98,7 @@ def test_a_directory_that_cannot_be_written_leaves_the_old_one(
     def full_as_safetensors_says_it(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    for name, broken in (("save_file", full_as_safetensors_says_it), ("_to_disk", full), ("os.replace", only_back)):
+    for name, broken in (("save_file", full_as_safetensors_says_it), ("to_disk", full), ("os.replace", only_back)):
         monkeypatch.setattr(f"eulerstack.checkpoint.{name}", broken)
         with pytest.raises(OSError, match="No space left"):
             es.save_checkpoint(es.build(es.load(stack_file)), folder)

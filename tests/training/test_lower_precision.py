@@ -10,7 +10,10 @@ import eulerstack as es
 from eulerstack.mixers.retention import Retention
 from eulerstack.training.data import TextData
 
-from .test_module import QUIET, _lightnings_own_warnings, fit  # noqa: F401 - a fixture
+from .conftest import QUIET
+from .test_module import fit
+
+pytestmark = pytest.mark.usefixtures("lightnings_own_warnings")
 
 
 def trained(precision: str, folder: Path, corpus: Path) -> tuple[es.StackModule, float]:

@@ -1,6 +1,5 @@
 """StackModule in a plain Trainer: what decays, what clips, what a run leaves."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,12 @@ import eulerstack as es
 from eulerstack.groups import decays
 from eulerstack.training.callbacks import draw_loss
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+from .conftest import QUIET
 
-
-@pytest.fixture(autouse=True)
-def _lightnings_own_warnings() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*treespec.*")
-        warnings.filterwarnings("ignore", message=".*no `val_dataloader`.*")
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("lightnings_own_warnings"),
+    pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*"),
+]
 
 
 def fit(

@@ -1,0 +1,30 @@
+"""Files that are on the disk whole, or not at all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def to_disk(place: Path) -> None:
+    """Returns when the file's bytes, or the directory's names, would outlive a loss of power."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file beside its place and move it there when all of it is on the disk: never half of it, never none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.parent / f".{file.name}.part"
+    try:
+        with part.open("wb") as data:
+            write(data)
+            data.flush()
+            os.fsync(data.fileno())
+        os.replace(part, file)
+        to_disk(file.parent)
+    finally:
+        part.unlink(missing_ok=True)
