@@ -1,6 +1,8 @@
 """One layer: a mixer and a channel mixer, normed and added to the residual stream."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +10,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.provider import Target
-from .layers.channels import ffn_flops, init_ffn, make_ffn
+from .layers.channels import ffn_flops, init_ffn, make_ffn, split_ffn
 from .layers.init import draw_normal
 from .layers.moe import MoE, Routing
 from .layers.norm import Norm, make_norm
 from .layers.serve import serve
+from .layers.share import WHOLE, Share, Split
 from .mixers import Mixer, in_chunks, make_mixer
 from .segments import Segments
 from .spec import LayerSpec, StackSpec
 from .state import LayerState
 
+Local = Callable[[], AbstractContextManager[Any]]
+"""Puts the parts that this process holds of parameters in their place, where several hold them together."""
 Mix = Callable[[Tensor], tuple[Tensor, LayerState | None]]
 
 SPAN = 4096  # a CPU's allocator hands out the tensors of more tokens from fresh pages, at up to twice the time
@@ -42,6 +47,8 @@ class Block(nn.Module):
         self.mixer_out_norm = make_norm(layer.norm, width) if sandwich else None
         self.ffn_norm = None if one_norm else make_norm(layer.norm, width)
         self.ffn_out_norm = make_norm(layer.norm, width) if sandwich and not one_norm else None
+        self.share = WHOLE
+        self.local: Local = nullcontext
         self.choices = dict.fromkeys((*self.mixer.choices, *serve(self, target)))
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
@@ -51,6 +58,10 @@ class Block(nn.Module):
         return self._forward(x, segments)
 
     def _forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
+        with self.local():
+            return self._own_form(x, segments)
+
+    def _own_form(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
         if self._span(x) is not None and not isinstance(self.ffn, MoE):
             state = self.mixer.init_state(x.shape[0], 0, x.device, x.dtype)
             return self._spans(x, state, segments, None, self._drop)[0], None
@@ -85,7 +96,8 @@ class Block(nn.Module):
 
     def _span(self, x: Tensor) -> int | None:
         """How many tokens of a long sequence pass through the whole layer before the next ones."""
-        return SPAN if self.mixer.chunked and x.shape[1] > SPAN and x.device.type == "cpu" else None
+        long = x.shape[1] > SPAN and x.device.type == "cpu"
+        return SPAN if self.mixer.chunked and long else None
 
     @property
     def _drop(self) -> float:
@@ -97,17 +109,17 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState | None, Routing | None]:
         """The layer around any form of its mixer."""
         post, routing = self.layer.norm.position == "post", None
-        h = x if post else self.mixer_norm(x)
+        h = self.share.enter(x if post else self.mixer_norm(x))
         mixed, state = mix(h)
         if self.layer.residual.type == "parallel":
             more, routing = self._channels(h, segments)
             mixed = mixed if more is None else mixed + more
-        x = self._added(x, mixed, self.mixer_norm, self.mixer_out_norm, drop)
+        x = self._added(x, self.share.leave(mixed), self.mixer_norm, self.mixer_out_norm, drop)
         if self.ffn_norm is not None:
-            h = x if post else self.ffn_norm(x)
+            h = self.share.enter(x if post else self.ffn_norm(x))
             more, routing = self._channels(h, segments)
             assert more is not None
-            x = self._added(x, more, self.ffn_norm, self.ffn_out_norm, drop)
+            x = self._added(x, self.share.leave(more), self.ffn_norm, self.ffn_out_norm, drop)
         return x, state, routing
 
     def _channels(self, h: Tensor, segments: Segments) -> tuple[Tensor | None, Routing | None]:
@@ -124,6 +136,17 @@ class Block(nn.Module):
         y = F.dropout(y, drop) if drop else y
         total = x + y if scaling == 1.0 else torch.add(x, y, alpha=scaling)
         return norm(total) if self.layer.norm.position == "post" else total
+
+    def split(self, share: Share) -> Split:
+        """Become one rank's share, as `Mixer.split`; norms are held whole. Raises ValueError, naming the layer."""
+        ffn = self.ffn
+        try:
+            plans = {"mixer": self.mixer.split(share), "ffn": {} if ffn is None else split_ffn(ffn, share)}
+        except ValueError as error:
+            raise ValueError(f"layer {self.layer.index} ({self.layer.template}): {error}") from None
+        self.share, own = share, {name for name, _ in self.named_parameters()}
+        plan = {f"{part}.{name}": dim for part, split in plans.items() for name, dim in split.items()}
+        return {name: dim for name, dim in plan.items() if name in own}
 
     def flops(self, tokens: int) -> int:
         """Forward FLOPs of one sequence of `tokens`."""

@@ -201,7 +201,7 @@ def _optimizer(stack: Stack) -> int:
 def _outputs(block: Block, x: Tensor, segments: Segments) -> list[Tensor]:
     """What a layer's gradients come from."""
     y, routing = block(x, segments)
-    return [y] if routing is None else [y, routing.balance, routing.z]
+    return [y] if routing is None else [y, routing.mass, routing.z]
 
 
 def _part(module: nn.Module, alive: "Alive", run: Any) -> Part:

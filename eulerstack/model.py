@@ -1,19 +1,21 @@
 """Stack: embedding, layers, norm and head, in the same three forms as its mixers."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .block import Block
+from .block import Block, Local
 from .groups import check_groups
 from .kernels.provider import Target
 from .kernels.select import check_name, select
-from .layers.loss import next_token_loss
+from .layers.loss import Average, next_token_loss, unchanged
 from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
 from .layers.serve import serve
@@ -38,6 +40,7 @@ class Stack(nn.Module):
         width, vocab = spec.model.d_model, spec.model.vocab_size
         self.spec = spec
         self.plan = expand(spec)
+        self.local: Local = nullcontext
         self.embedding = nn.Embedding(vocab, width)
         own = (layer for layer in self.plan if layer.weights_of == layer.index)
         self.layers = nn.ModuleDict({str(layer.index): Block(layer, spec, target) for layer in own})
@@ -58,7 +61,8 @@ class Stack(nn.Module):
         return any(block.mixer.grows for block in self.blocks)
 
     def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
-        return self._logits(self._sequence(tokens, self._placed(tokens, segments), Block.__call__)[0])
+        with self.local():
+            return self._logits(self._sequence(tokens, self._placed(tokens, segments), Block.__call__)[0])
 
     def parallel(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """Every mixer in its parallel form, whatever its spec names."""
@@ -120,34 +124,47 @@ class Stack(nn.Module):
             )
 
     def losses(
-        self, tokens: Tensor, targets: Tensor, segments: Segments | None = None
+        self, tokens: Tensor, targets: Tensor, segments: Segments | None = None, average: Average = unchanged
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total training loss and its named parts; targets of -100 do not count.
 
         The total is the sum of the scalar parts. `router_load/LAYER` [E] counts what each expert was chosen for.
+        average: the mean of a count over the processes that share a batch; the mean of their losses is the batch's.
         """
+        with self.local():
+            return self._losses(tokens, targets, segments, average)
+
+    def _losses(
+        self, tokens: Tensor, targets: Tensor, segments: Segments | None, average: Average
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         placed = self._placed(tokens, segments, training=True)
         x, routings = self._sequence(tokens, placed, Block.__call__)
         z_loss = self.spec.training_hints.z_loss
-        entropy, z = self._loss(self.norm(x), targets, with_z=z_loss > 0)
+        entropy, z = self._loss(self.norm(x), targets, average, with_z=z_loss > 0)
         parts = {"cross_entropy": entropy} | ({"z": z_loss * z} if z_loss else {})
         if self.spec.head.mtp is not None:
             parts["multi_token"] = self.spec.head.mtp.train_loss_weight * self._ahead(
-                x, tokens, targets, placed, routings
+                x, tokens, targets, placed, routings, average
             )
-        parts |= self._router_losses(routings)
+        parts |= self._router_losses(routings, average)
         loads = {f"router_load/{index}": routing.load for index, routing in routings.items()}
         return torch.stack(list(parts.values())).sum(), {**parts, **loads}
 
     def _ahead(
-        self, x: Tensor, tokens: Tensor, targets: Tensor, segments: Segments, routings: dict[int, Routing]
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        segments: Segments,
+        routings: dict[int, Routing],
+        average: Average,
     ) -> Tensor:
         """The mean loss of the modules that look further ahead; their routings join the others."""
         losses = []
         for steps, module in enumerate(self._heads, start=1):
             x, routed = module(x, self._embedded(later(tokens, steps)), segments)
             routings |= routed
-            losses.append(self._loss(module.norm(x), later_targets(targets, steps, segments))[0])
+            losses.append(self._loss(module.norm(x), later_targets(targets, steps, segments), average)[0])
         return torch.stack(losses).mean()
 
     @property
@@ -160,7 +177,7 @@ class Stack(nn.Module):
         more = {block.layer.index: block for module in self._heads for block in module.blocks}
         return {**dict(enumerate(self.blocks)), **more}
 
-    def _router_losses(self, routings: dict[int, Routing]) -> dict[str, Tensor]:
+    def _router_losses(self, routings: dict[int, Routing], average: Average) -> dict[str, Tensor]:
         """What the routers add to the loss, weighted by their layers' coefficients."""
         if not routings:
             return {}
@@ -169,8 +186,9 @@ class Stack(nn.Module):
         moes = {index: ffn.moe for index, ffn in specs.items() if isinstance(ffn, MoEFFNSpec)}
         shared = self.spec.training_hints.router_aux_loss_coef
         own = {i: shared if moe.load_balance_coef is None else moe.load_balance_coef for i, moe in moes.items()}
-        balance = [own[i] * r.balance for i, r in routings.items()]
-        z = [moes[i].z_loss * r.z for i, r in routings.items()]
+        found = {i: routing.losses(average) for i, routing in routings.items()}
+        balance = [own[i] * balance for i, (balance, _) in found.items()]
+        z = [moes[i].z_loss * z for i, (_, z) in found.items()]
         return {"load_balance": torch.stack(balance).sum(), "router_z": torch.stack(z).sum()}
 
     def rebalance(self, loads: dict[int, Tensor]) -> None:
@@ -200,15 +218,20 @@ class Stack(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew: outputs into the residual stream are scaled by 1 / sqrt(how many there are)."""
-        adds = sum(1 + (block.ffn is not None) for block in self.blocks)
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        for _, draw in self.drawing():
+            draw()
+
+    def drawing(self) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
+        """The parts of the stack in the order in which their weights are drawn, each with what draws them."""
+        scale = sum(1 + (block.ffn is not None) for block in self.blocks) ** -0.5
+        yield self.embedding, partial(_draw_embedding, self.embedding)
         for block in cast(Iterable[Block], self.layers.values()):
-            block.reset_parameters(out_scale=adds**-0.5)
-        self.norm.reset_parameters()
+            yield block, partial(block.reset_parameters, scale)
+        yield self.norm, self.norm.reset_parameters
         if self.head is not None:
-            nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
+            yield self.head, partial(_draw_embedding, self.head)
         for module in self._heads:
-            module.reset_parameters(out_scale=adds**-0.5)
+            yield module, partial(module.reset_parameters, scale)
 
     def _placed(self, tokens: Tensor, segments: Segments | None, training: bool = False) -> Segments:
         """The segments of whole sequences. Raises ValueError for sequences longer than the stack can hold."""
@@ -275,15 +298,24 @@ class Stack(nn.Module):
         return state.max_tokens
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self._scored(self.norm(x))
+        return self._scored(self.norm(x), self._output_weight)
 
-    def _loss(self, x: Tensor, targets: Tensor, with_z: bool = False) -> tuple[Tensor, Tensor]:
-        return next_token_loss(x, targets, self._scored, self.spec.model.vocab_size, with_z)
+    def _loss(self, x: Tensor, targets: Tensor, average: Average, with_z: bool = False) -> tuple[Tensor, Tensor]:
+        score = partial(self._scored, weight=self._output_weight)
+        return next_token_loss(x, targets, score, self.spec.model.vocab_size, with_z, average)
 
-    def _scored(self, x: Tensor) -> Tensor:
-        weight, cap = self.embedding.weight if self.head is None else self.head.weight, self.spec.head.logit_softcap
+    @property
+    def _output_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _scored(self, x: Tensor, weight: Tensor) -> Tensor:
+        cap = self.spec.head.logit_softcap
         logits = self.linear(x, (weight,), (None,))
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _draw_embedding(layer: nn.Embedding | nn.Linear) -> None:
+    nn.init.normal_(layer.weight, std=EMBEDDING_STD)
 
 
 class _Undrawn(TorchFunctionMode):

@@ -80,11 +80,11 @@ def test_the_statistics_are_their_formulas(variant: str) -> None:
     load = F.one_hot(ranked.topk(layer.spec.top_k).indices, experts).sum((0, 1)).double()
     close(routing.load, load, 0.0)
     probability = (scores / scores.sum(1, keepdim=True)).mean(0)
-    close(routing.balance, experts * (load / load.sum() * probability).sum(), FP64)
-    close(routing.z, logits.exp().sum(1).log().square().mean(), FP64)
+    close(routing.losses()[0], experts * (load / load.sum() * probability).sum(), FP64)
+    close(routing.losses()[1], logits.exp().sum(1).log().square().mean(), FP64)
     leaves = (layer.router_proj.weight,)
     wanted = torch.autograd.grad(experts * (load / load.sum() * probability).sum(), leaves)[0]
-    got = torch.autograd.grad(routing.balance, leaves)[0]
+    got = torch.autograd.grad(routing.losses()[0], leaves)[0]
     assert torch.allclose(got, wanted, rtol=0, atol=FP64)
     assert not routing.load.requires_grad
 
@@ -94,8 +94,8 @@ def test_balance_is_one_when_balanced() -> None:
     with torch.no_grad():
         layer.router_proj.weight.copy_(torch.eye(4, WIDTH))
     x = torch.eye(4, WIDTH, dtype=torch.float64)[None] * 5
-    assert layer(x)[1].balance.item() == pytest.approx(1.0, abs=1e-12)
-    assert layer(x[:, :1])[1].balance.item() > 2.5
+    assert layer(x)[1].losses()[0].item() == pytest.approx(1.0, abs=1e-12)
+    assert layer(x[:, :1])[1].losses()[0].item() > 2.5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,7 +120,7 @@ def test_padding_is_not_routed(variant: str) -> None:
     assert not y[~real].any()
     for got, one in zip(routing, alone, strict=True):
         close(got, one, FP64)
-    (y.sum() + routing.balance + routing.z).backward()
+    (y.sum() + routing.losses()[0] + routing.losses()[1]).backward()
     assert padded.grad is not None and torch.isfinite(padded.grad).all() and not padded.grad[~real].any()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
@@ -129,8 +129,8 @@ def test_a_call_without_real_tokens_is_zero() -> None:
     layer = make({"shared_experts": 1})
     y, routing = layer(torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.bool))
     assert y.shape == (2, 5, WIDTH) and not y.any()
-    assert not routing.balance and not routing.z and not routing.load.any()
-    (y.sum() + routing.balance + routing.z).backward()
+    assert not routing.losses()[0] and not routing.losses()[1] and not routing.load.any()
+    (y.sum() + routing.losses()[0] + routing.losses()[1]).backward()
     assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
 
 
@@ -226,7 +226,7 @@ def test_bfloat16_and_autocast_are_near_float64() -> None:
         y, routing = full(x)
     assert y.dtype == torch.bfloat16 and {t.dtype for t in routing} == {torch.float32}
     assert rms_ratio(y, wanted) < 1e-2
-    (y.float().sum() + routing.balance).backward()
+    (y.float().sum() + routing.losses()[0]).backward()
     assert x.grad.dtype == torch.float32
 
 
@@ -235,7 +235,7 @@ def test_sigmoids_that_underflow_still_weigh() -> None:
     with torch.no_grad():
         layer.router_proj.weight.copy_(-200 - torch.arange(8.0)[:, None] * torch.eye(1, WIDTH))
     y, routing = layer(torch.ones(1, 3, WIDTH))
-    assert torch.isfinite(y).all() and torch.isfinite(torch.stack(routing[:2])).all()
+    assert torch.isfinite(y).all() and torch.isfinite(torch.stack(routing.losses())).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -290,7 +290,7 @@ def test_balance_is_mixtral_by_top_k(top_k: int, padded: bool) -> None:
     layer = make({"top_k": top_k}, torch.float32)
     x = torch.randn(2, 50, WIDTH)
     real = torch.arange(50)[None] < torch.tensor([[50], [13]]) if padded else None
-    got = layer(x, real)[1].balance
+    got = layer(x, real)[1].losses()[0]
     logits = layer.router_proj(x).flatten(0, 1)
     wanted = mixtral.load_balancing_loss_func((logits,), 8, top_k, None if real is None else real.long()) / top_k
     close(got, wanted, FP32)

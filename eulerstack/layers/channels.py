@@ -5,6 +5,7 @@ from torch import nn
 from ..spec import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec
 from .ffn import MLP, GatedMLP, init_linear, matmul_flops
 from .moe import MoE
+from .share import Share, Split
 
 
 def make_ffn(spec: FFNSpec, width: int, hidden: int) -> nn.Module | None:
@@ -14,6 +15,13 @@ def make_ffn(spec: FFNSpec, width: int, hidden: int) -> nn.Module | None:
     if isinstance(spec, GatedMLPSpec):
         return GatedMLP(spec, width, hidden)
     return MoE(spec, width, hidden) if isinstance(spec, MoEFFNSpec) else None
+
+
+def split_ffn(ffn: nn.Module, share: Share) -> Split:
+    """Become one rank's share, by hidden channels: see `Mixer.split`. Raises ValueError where they do not divide."""
+    if isinstance(ffn, MLP | GatedMLP | MoE):
+        return ffn.split(share)
+    raise ValueError(f"{type(ffn).__name__} has no plan for tensor parallelism; train it with tensor_parallel 1")
 
 
 def init_ffn(ffn: nn.Module, out_scale: float) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..spec import GatedMLPSpec, MLPSpec
 from .linear import Linear, beside
+from .share import WHOLE, Share, Split, columns
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -57,16 +58,36 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+class Down(Linear):
+    """The projection back. Where its inputs are split over ranks, the first one adds the bias."""
+
+    share: Share = WHOLE
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.bias is None or self.share.of == 1 else self.bias * (self.share.rank == 0)
+        y: Tensor = self.ops(x, (self.weight,), (bias,))
+        return y
+
+    def split(self, share: Share) -> Split:
+        share.divided(self.in_features, "the hidden width of an ffn, mlp_ratio x model.d_model")
+        self.share = share
+        return {"down_proj.weight": 1}
+
+
 class MLP(nn.Module):
     def __init__(self, spec: MLPSpec, width: int, hidden: int) -> None:
         super().__init__()
         self.act = ACTIVATIONS[spec.activation]
         self.up_proj = Linear(width, hidden, bias=spec.bias)
-        self.down_proj = Linear(hidden, width, bias=spec.bias)
+        self.down_proj = Down(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.act(self.up_proj(x)))
         return y
+
+    def split(self, share: Share) -> Split:
+        """By hidden channels."""
+        return {**columns(("up_proj.weight", "up_proj.bias")), **self.down_proj.split(share)}
 
 
 class GatedMLP(nn.Module):
@@ -77,11 +98,16 @@ class GatedMLP(nn.Module):
         self.gated = GATES[spec.activation]
         self.gate_proj = Linear(width, hidden, bias=spec.bias)
         self.up_proj = Linear(width, hidden, bias=spec.bias)
-        self.down_proj = Linear(hidden, width, bias=spec.bias)
+        self.down_proj = Down(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.gated(*beside(x, (self.gate_proj, self.up_proj))))
         return y
+
+    def split(self, share: Share) -> Split:
+        """By hidden channels."""
+        names = (f"{name}_proj.{part}" for name in ("gate", "up") for part in ("weight", "bias"))
+        return {**columns(names), **self.down_proj.split(share)}
 
 
 @torch.no_grad()

@@ -13,16 +13,24 @@ from ..segments import IGNORED
 LOGITS = 1 << 25  # of a part: 128 MiB in float32
 
 Score = Callable[[Tensor], Tensor]
+Average = Callable[[Tensor], Tensor]
+"""The mean of a count over the processes that share a batch."""
+
+
+def unchanged(count: Tensor) -> Tensor:
+    """The average of a process that has the whole batch."""
+    return count
 
 
 def next_token_loss(
-    h: Tensor, targets: Tensor, score: Score, vocab: int, with_z: bool = False
+    h: Tensor, targets: Tensor, score: Score, vocab: int, with_z: bool = False, average: Average = unchanged
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy and, `with_z`, the mean square of log Z, both over the targets that count.
 
     h: [B, T, D]; targets: [B, T], -100 where none counts; score: [N, D] -> logits [N, vocab]. Both are zero where no
     target counts. Z is the softmax's divisor; its loss keeps logits from drifting (PaLM, arXiv 2204.02311). Where
-    there is more than one part, each is scored again in the backward, as the layers are under checkpointing.
+    there is more than one part, each is scored again in the backward, as the layers are under checkpointing. Where
+    processes share a batch, `average` makes the mean of their losses the batch's.
     """
     rows, targets = h.flatten(0, 1), targets.flatten()
     size = max(1, LOGITS // vocab)
@@ -31,7 +39,8 @@ def next_token_loss(
     else:
         parts = zip(rows.split(size), targets.split(size), strict=True)
         sums = torch.stack([_again(part, wanted, score, with_z) for part, wanted in parts]).sum(0)
-    mean = sums / (targets != IGNORED).sum().clamp(min=1)
+    count = average((targets != IGNORED).sum())
+    mean = sums / (count + (count == 0))
     return mean[0], mean[1]
 
 

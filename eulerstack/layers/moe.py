@@ -19,16 +19,29 @@ from ..kernels.provider import Kernel
 from ..kernels.shapes import has_memory
 from ..spec import GatedMLPSpec, MoEFFNSpec
 from .ffn import GATES, GatedMLP, init_linear
+from .loss import Average, unchanged
 from .precision import FullPrecision
 from .serve import Served
+from .share import WHOLE, Share, Split
 
 
 class Routing(NamedTuple):
-    """How a call was routed, over its real tokens: what side losses and balancing need. At least float32."""
+    """How a call was routed, summed over its real tokens: what side losses and balancing need. At least float32."""
 
-    balance: Tensor  # scalar, E * sum_e (share of the choices)_e * (mean probability)_e; 1 if balanced (Fedus 2021)
-    z: Tensor  # scalar, mean of logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906)
+    mass: Tensor  # [E], the experts' probabilities
+    z: Tensor  # scalar, logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906)
     load: Tensor  # [E], how many choices fell on each expert; no gradient
+    tokens: Tensor  # scalar; no gradient
+
+    def losses(self, average: Average = unchanged) -> tuple[Tensor, Tensor]:
+        """E * sum_e (share of the choices)_e * (mean probability)_e, 1 if balanced (Fedus 2021), and the mean z.
+
+        Both are zero without tokens. Where several processes route a batch together, `average` is that of a count
+        over them, and the losses are the batch's in their mean.
+        """
+        load, tokens = average(self.load), average(self.tokens)
+        share, tokens = load / load.sum().clamp(min=1e-9), tokens + (tokens == 0)
+        return len(load) * torch.dot(share, self.mass / tokens), self.z / tokens
 
 
 class Dispatch(NamedTuple):
@@ -55,6 +68,7 @@ class MoE(nn.Module):
         shared = GatedMLPSpec(type="gated_mlp", activation=spec.activation)
         self.shared = GatedMLP(shared, width, moe.shared_experts * hidden) if moe.shared_experts else None
         self.correction = Correction(moe.experts, moe.bias_rate) if moe.bias_rate is not None else None
+        self.hidden, self.share = hidden, WHOLE
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x [B, T, D]; padding, where `real` [B, T] is False, is not routed, and its output is zero."""
@@ -72,18 +86,30 @@ class MoE(nn.Module):
     def _route(self, tokens: Tensor) -> tuple[Tensor, Dispatch, Routing]:
         """Weights [N, top_k] of the experts chosen by tokens [N, D], where their choices go, and the statistics."""
         logits = _logits(tokens, self.router_proj.weight)
-        # A softmax of log-sigmoids is the sigmoids over their sum, also where they would all underflow.
-        scores = logits if self.spec.router == "softmax" else F.logsigmoid(logits)
+        alone = self.share.once(logits)
+        scores = self._scores(logits)
         chosen = self._ranking(scores.detach()).topk(self.spec.top_k).indices
         dispatch = _dispatch(chosen.flatten(), self.spec.experts)
         weights = scores.gather(1, chosen).softmax(1)
-        return weights, dispatch, _routing(logits, scores, dispatch.load)
+        return weights, dispatch, _routing(alone, self._scores(alone), dispatch.load)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """Log scores: a softmax of log-sigmoids is the sigmoids over their sum, also where they would all underflow."""
+        return logits if self.spec.router == "softmax" else F.logsigmoid(logits)
 
     def _ranking(self, scores: Tensor) -> Tensor:
         """[N, E], what the choice goes by. The bias enters here only: it moves choices, not weights or gradients."""
         if self.correction is None:
             return scores
         return (scores if self.spec.router == "softmax" else scores.exp()) + self.correction.bias
+
+    def split(self, share: Share) -> Split:
+        """Each expert by its hidden channels; all ranks route alike."""
+        share.divided(self.hidden, "the hidden width of an expert")
+        self.share = share
+        shared = {} if self.shared is None else self.shared.split(share)
+        experts = {"experts.gate_proj.weight": 1, "experts.up_proj.weight": 1, "experts.down_proj.weight": 2}
+        return {**experts, **{f"shared.{name}": dim for name, dim in shared.items()}}
 
     def rebalance(self, load: Tensor) -> None:
         """Move the balancing bias, if there is one, by the choices [E] of one optimizer step."""
@@ -187,11 +213,8 @@ def _dispatch(chosen: Tensor, experts: int) -> Dispatch:
 
 def _routing(logits: Tensor, scores: Tensor, count: Tensor) -> Routing:
     """The statistics of logits and log scores [N, E], and of the choices, count [E]; all zero without tokens."""
-    tokens = max(logits.shape[0], 1)
-    load = count.to(logits.dtype)
-    share, probability = load / load.sum().clamp(min=1), scores.softmax(1).sum(0) / tokens
-    z = logits.logsumexp(1).square().sum() / tokens
-    return Routing(len(load) * torch.dot(share, probability), z, load)
+    z, tokens = logits.logsumexp(1).square().sum(), logits.new_tensor(logits.shape[0])
+    return Routing(scores.softmax(1).sum(0), z, count.to(logits.dtype), tokens)
 
 
 def _as_autocast(t: Tensor) -> Tensor:

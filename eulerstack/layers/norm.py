@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.norm import RMS_EPS
 from ..kernels.norm.torch import rms_norm
 from ..kernels.precision import wide, without_autocast
 from ..spec import NormSpec
 from .serve import Served
+from .share import WHOLE, Share
 
 LAYER_EPS = 1e-5
 
@@ -21,14 +23,24 @@ class RMSNorm(nn.Module, Served):
     def __init__(self, width: int, groups: int = 1) -> None:
         super().__init__()
         self.groups = groups
+        self.share: Share = WHOLE  # of the width of a single group
         self.weight = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.share.of > 1:
+            return self._over_ranks(x)
         y: Tensor = self.ops(x, self.weight, self.groups)
         return y
+
+    @without_autocast
+    def _over_ranks(self, x: Tensor) -> Tensor:
+        """The statistics are of all ranks' parts of x."""
+        own = x.to(wide(x.dtype))
+        mean = self.share.total(own.square().mean(-1, keepdim=True)) / self.share.of
+        return (own * torch.rsqrt(mean + RMS_EPS) * self.weight.to(own.dtype)).to(x.dtype)
 
 
 class LayerNorm(nn.Module):

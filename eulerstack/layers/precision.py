@@ -20,6 +20,12 @@ class FullPrecision(nn.Module):
         for name, shape in (buffers or {}).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
+    def tensor(self, name: str) -> Tensor:
+        """A parameter, or what stands for it: the part of it that a rank holds."""
+        found = self._parameters[name]
+        assert found is not None
+        return found
+
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """`.to(bfloat16)` and its like move the tensors, but never below float32."""
 

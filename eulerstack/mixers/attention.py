@@ -11,6 +11,7 @@ from ..layers.linear import Linear, joined
 from ..layers.norm import RMSNorm
 from ..layers.precision import FullPrecision
 from ..layers.rope import alibi_slopes, make_rope, phases, rotate
+from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import AttentionSpec, StackSpec
 from ..state import KVState
@@ -85,6 +86,15 @@ class Attention(CachedAttention[KVState]):
         """Scores and sums over the keys that each query sees."""
         return matmul_flops(self, tokens) + 4 * self._pairs(tokens) * self.heads * self.key_dim
 
+    def split(self, share: Share) -> Split:
+        """By heads; a single key head is held whole."""
+        self.share, self.heads = share, share.divided(self.heads, "model.n_heads")
+        shared = self.kv_heads == 1
+        self.kv_heads = 1 if shared else share.divided(self.kv_heads, "model.n_kv_heads")
+        names = ("q_proj",) if shared else ("q_proj", "k_proj", "v_proj")
+        parts = columns(f"{name}.{part}" for name in names for part in ("weight", "bias"))
+        return {**parts, "o_proj.weight": 1, **self.logits.split(share)}
+
     def reset_parameters(self, out_scale: float = 1.0) -> None:
         reset_attention(self, out_scale)
 
@@ -107,8 +117,16 @@ class LogitsOf(nn.Module):
 
     def _sinks(self) -> Tensor | None:
         if self.learned is not None:
-            return self.learned.get_parameter("sinks")
+            return self.learned.tensor("sinks")
         return None if self.fixed is None else torch.zeros(self.fixed)
+
+    def split(self, share: Share) -> Split:
+        """By heads."""
+        if self.slopes is not None:
+            self.slopes = tuple(share.part(torch.tensor(self.slopes, dtype=torch.float64)).tolist())
+        if self.fixed is not None:
+            self.fixed = (self.fixed[0] // share.of, self.fixed[1])
+        return {"logits.learned.sinks": 0}
 
 
 def reset_attention(mixer: nn.Module, out_scale: float) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.select import Choice
+from ..layers.share import WHOLE, Share, Split
 from ..segments import Segments
 from ..state import LayerState
 
@@ -36,6 +37,7 @@ class Mixer(nn.Module, ABC, Generic[S]):
     grows: ClassVar[bool] = False  # whether the state needs room for every token
     chunked: bool = False  # whether `forward` is the chunkwise form, from an empty state
     choices: tuple[Choice, ...] = ()  # the kernels it was built with, and why
+    share: Share = WHOLE  # of its heads or channels, where several ranks hold it together
 
     @abstractmethod
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
@@ -70,6 +72,14 @@ class Mixer(nn.Module, ABC, Generic[S]):
     @abstractmethod
     def reset_parameters(self, out_scale: float = 1.0) -> None:
         """Draw the weights anew; the output projection is scaled by `out_scale`."""
+
+    def split(self, share: Share) -> Split:
+        """Become one rank's share of itself, and say of which parameters a rank holds which part.
+
+        A share computes from the whole x; the shares' outputs add up to the mixer's. Parameters that are held whole
+        get the gradient of the share's part. Raises ValueError where there is no such split.
+        """
+        raise ValueError(f"{type(self).__name__} has no plan for tensor parallelism; train it with tensor_parallel 1")
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         """What to watch of its recurrence on inputs x [B, T, D]: `decay`, what a token leaves of a state, and `dt`."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.precision import wide
 from ..layers.ffn import init_linear
+from ..layers.share import Share, Split
 from ..segments import Segments
 from ..state import BranchedState, LayerState
 from .base import Mixer
@@ -58,6 +59,12 @@ class Branched(Mixer[BranchedState]):
     def _joined(self, x: Tensor, results: list[tuple[Tensor, LayerState]]) -> tuple[Tensor, BranchedState]:
         outputs, states = zip(*results, strict=True)
         return self._summed(x, list(outputs)), BranchedState(states)
+
+    def split(self, share: Share) -> Split:
+        """Each branch by its own plan: a weighted sum of shares is the share of the weighted sum."""
+        self.share = share
+        plans = (branch.split(share).items() for branch in self)
+        return {f"branches.{i}.{name}": dim for i, plan in enumerate(plans) for name, dim in plan}
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         """Each branch's, with its number behind the names."""

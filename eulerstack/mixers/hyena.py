@@ -1,6 +1,7 @@
 """Hyena (Poli et al. 2023, arXiv 2302.10866): long convolutions with gates between them."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from ..kernels.precision import wide, without_autocast
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
-from ..layers.linear import Linear
+from ..layers.linear import Linear, joined
+from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import HyenaSpec, StackSpec
 from ..state import HistoryState
@@ -75,6 +77,15 @@ class Filter(nn.Module):
             init_linear(layer)
 
 
+class Stream(nn.Module):
+    """A projection of the input, and the short convolution that it passes: a gate, or v."""
+
+    def __init__(self, width: int, taps: int) -> None:
+        super().__init__()
+        self.proj = Linear(width, width, bias=False)
+        self.conv = ShortConv(width, taps)
+
+
 class Hyena(Mixer[HistoryState]):
     """v = x_i * (h_i * v + d_i v) for each of `depth` gates x_i; gates and v pass a short convolution first.
 
@@ -89,8 +100,7 @@ class Hyena(Mixer[HistoryState]):
         self.spec, self.width = spec, width
         self.choices = (select("long_conv", target),)
         self.ops = self.choices[0].kernels
-        self.in_proj = Linear(width, (spec.depth + 1) * width, bias=False)
-        self.conv = ShortConv((spec.depth + 1) * width, spec.d_conv)
+        self.streams = nn.ModuleList(Stream(width, spec.d_conv) for _ in range(spec.depth + 1))
         self.filter = Filter(spec, width, stack.model.max_seq_len)
         self.skip = nn.Parameter(torch.empty(spec.depth, width))
         self.out_proj = Linear(width, width, bias=False)
@@ -101,7 +111,7 @@ class Hyena(Mixer[HistoryState]):
             return x
         empty = self.init_state(x.shape[0], 0, x.device, x.dtype).conv
         streams, _ = self._streams(x, empty, segments)
-        taps = self.filter(x.shape[1], x)
+        taps = self._taps(x.shape[1], x)
         v, gates = streams[-1], streams[:-1]
         for i, gate in enumerate(gates):
             v = self._gated(gate, v, self.ops.parallel(v, taps[:, i], segments), i)
@@ -115,7 +125,7 @@ class Hyena(Mixer[HistoryState]):
 
     def _chunk(self, x: Tensor, state: HistoryState, segments: Segments) -> tuple[Tensor, HistoryState]:
         streams, conv = self._streams(x, state.conv, segments)
-        taps, inputs = self.filter(self._reach(state, segments), x), []
+        taps, inputs = self._taps(self._reach(state, segments), x), []
         v = streams[-1]
         for i, gate in enumerate(streams[:-1]):
             inputs.append(v)
@@ -130,7 +140,7 @@ class Hyena(Mixer[HistoryState]):
         check_one_token(x)
         segments = continued(segments)
         streams, conv = self._streams(x, state.conv, segments)
-        taps, histories = self.filter(self._reach(state, segments), x), []
+        taps, histories = self._taps(self._reach(state, segments), x), []
         v = streams[-1]
         for i, gate in enumerate(streams[:-1]):
             histories.append(written(state.inputs[:, :, i], v, segments))
@@ -139,9 +149,18 @@ class Hyena(Mixer[HistoryState]):
 
     def _streams(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """The gates and v, [B, T, D] each, and the short convolution's state."""
-        weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
-        mixed, conv = taps_of(self.in_proj(x), weight, bias, conv, segments)
+        projs, convs = [s.proj for s in self._each], [s.conv for s in self._each]
+        weight, bias = torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs])
+        mixed, conv = taps_of(joined(x, projs), weight.to(x.dtype), bias.to(x.dtype), conv, segments)
         return mixed.split(self.width, -1), conv
+
+    @property
+    def _each(self) -> list[Stream]:
+        return list(cast(list[Stream], self.streams))
+
+    def _taps(self, length: int, like: Tensor) -> Tensor:
+        """The filters [S, depth, D] of this rank's channels."""
+        return self.share.part(self.filter(length, like), 2)
 
     def _gated(self, gate: Tensor, v: Tensor, filtered: Tensor, stage: int) -> Tensor:
         return gate * (filtered.to(v.dtype) + self.skip[stage] * v)
@@ -152,6 +171,13 @@ class Hyena(Mixer[HistoryState]):
         tokens = segments.position.shape[1]
         return state.inputs.shape[1] if segments.bound is None else min(state.inputs.shape[1], segments.bound + tokens)
 
+    def split(self, share: Share) -> Split:
+        """By channels; the filters' network is held whole."""
+        self.share, self.width = share, share.divided(self.width, "model.d_model")
+        names = ("proj.weight", "conv.weight", "conv.bias")
+        parts = columns(f"streams.{i}.{name}" for i in range(len(self.streams)) for name in names)
+        return {**parts, "skip": 1, "out_proj.weight": 1}
+
     def init_state(
         self,
         batch: int,
@@ -161,7 +187,7 @@ class Hyena(Mixer[HistoryState]):
         *,
         rollback: int = 0,
     ) -> HistoryState:
-        weight, depth = self.in_proj.weight, self.spec.depth
+        weight, depth = self.out_proj.weight, self.spec.depth
         device, dtype = device or weight.device, dtype or weight.dtype
         inputs = torch.zeros(batch, max_tokens, depth, self.width, device=device, dtype=dtype)
         conv = torch.zeros(batch, self.spec.d_conv - 1, (depth + 1) * self.width, device=device, dtype=dtype)
@@ -171,12 +197,13 @@ class Hyena(Mixer[HistoryState]):
         """Three transforms of twice the length for each stage and channel, 5 n log2 n / 2 each, and the filters."""
         n = 2 * tokens
         transforms = 3 * self.spec.depth * self.width * round(2.5 * n * math.log2(max(n, 2)))
-        taps = 2 * self.spec.d_conv * self.conv.weight.shape[0] * tokens
+        taps = 2 * self.spec.d_conv * (self.spec.depth + 1) * self.width * tokens
         return matmul_flops(self, tokens) + transforms + taps
 
     def reset_parameters(self, out_scale: float = 1.0) -> None:
-        init_linear(self.in_proj)
+        for stream in self._each:
+            init_linear(stream.proj)
+            stream.conv.reset_parameters()
         init_linear(self.out_proj, out_scale)
-        self.conv.reset_parameters()
         self.filter.reset_parameters()
         nn.init.ones_(self.skip)

@@ -9,6 +9,7 @@ from ..layers.ffn import matmul_flops
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..layers.rope import make_rope, phases, rotate
+from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import AttentionSpec, StackSpec
 from ..state import LatentState
@@ -99,6 +100,12 @@ class LatentAttention(CachedAttention[LatentState]):
     def flops(self, tokens: int) -> int:
         """Of the expanded form: scores of K + R channels and sums of K over the keys that each query sees."""
         return matmul_flops(self, tokens) + 2 * self._pairs(tokens) * self.heads * (2 * self.key_dim + self.turned)
+
+    def split(self, share: Share) -> Split:
+        """By heads; the latents are held whole."""
+        self.share, self.heads = share, share.divided(self.heads, "model.n_heads")
+        parts = columns(f"{name}_proj.weight" for name in "qkv")
+        return {**parts, "o_proj.weight": 1, **self.logits.split(share)}
 
     def reset_parameters(self, out_scale: float = 1.0) -> None:
         reset_attention(self, out_scale)

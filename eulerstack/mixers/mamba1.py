@@ -9,6 +9,7 @@ from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops, swiglu
 from ..layers.linear import Linear, joined
+from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import Mamba1Spec, StackSpec
 from ..state import SSMState
@@ -43,13 +44,22 @@ class Mamba1(Mamba):
         taps, scan = self.x_conv, self.scan
         values, conv = self.conv(self.x_proj(x), taps.weight.to(x.dtype), taps.bias.to(x.dtype), conv, segments)
         widths = [self.dt_proj.in_features, self.spec.d_state, self.spec.d_state]
-        low, B, C = joined(values, (self.rank_proj, self.B_proj, self.C_proj)).split(widths, -1)
+        shared = self.share.total(joined(values, (self.rank_proj, self.B_proj, self.C_proj)))
+        low, B, C = shared.split(widths, -1)
         dt = F.softplus(self.dt_proj(low).to(wide(x.dtype)) + scan.dt_bias)
         return (values, dt, -torch.exp(scan.A_log), B, C), conv
 
     def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
         y = torch.addcmul(y, values.to(y.dtype), self.scan.D).to(x.dtype)
         return segments.mask(self.out_proj(swiglu(self.z_proj(x), y)))
+
+    def split(self, share: Share) -> Split:
+        """By channels: what a token's B, C and dt are made of is summed over the ranks."""
+        self.share = share
+        share.divided(self.z_proj.out_features, "the inner width of mamba, expand x model.d_model")
+        names = ("z_proj.weight", "x_proj.weight", "dt_proj.weight", "x_conv.weight", "x_conv.bias")
+        rows = (f"{name}_proj.weight" for name in ("rank", "B", "C", "out"))
+        return {**columns((*names, "scan.A_log", "scan.D", "scan.dt_bias")), **dict.fromkeys(rows, 1)}
 
     def init_state(
         self,

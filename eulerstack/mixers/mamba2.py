@@ -10,6 +10,7 @@ from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
 from ..layers.linear import Linear, joined
 from ..layers.norm import RMSNorm
+from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import Mamba2Spec, StackSpec
 from ..state import SSMState
@@ -27,6 +28,7 @@ class Mamba2(Mamba):
         super().__init__()
         width = stack.model.d_model
         self.spec = spec
+        self.groups = spec.n_groups
         inner, shared = spec.inner_width(width), spec.n_groups * spec.d_state
         conv = select("conv", target, width=spec.d_conv, channels=inner + 2 * shared)
         self.choices = (select("ssd", target, numbers=spec.d_state), conv)
@@ -46,16 +48,15 @@ class Mamba2(Mamba):
 
     def _inputs(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """(x [B, T, H, P], dt [B, T, H], A [H], B, C [B, T, G, N]) and the convolution's state."""
-        parts = ("x", "B", "C")
         values = joined(x, (self.x_proj, self.B_proj, self.C_proj))
-        taps = torch.cat([self.get_parameter(f"{p}_conv.weight") for p in parts])
-        bias = torch.cat([self.get_parameter(f"{p}_conv.bias") for p in parts])
+        convs = (self.x_conv, self.B_conv, self.C_conv)
+        taps, bias = torch.cat([conv.weight for conv in convs]), torch.cat([conv.bias for conv in convs])
         mixed, conv = self.conv(values, taps.to(x.dtype), bias.to(x.dtype), conv, segments)
-        shared = self.spec.n_groups * self.spec.d_state
+        shared = self.groups * self.spec.d_state
         values, B, C = mixed.split([self.z_proj.out_features, shared, shared], -1)
         scan = self.scan
         dt = F.softplus(self.dt_proj(x).to(wide(x.dtype)) + scan.dt_bias)
-        B, C = (t.unflatten(-1, (self.spec.n_groups, self.spec.d_state)) for t in (B, C))
+        B, C = (t.unflatten(-1, (self.groups, self.spec.d_state)) for t in (B, C))
         return (values.unflatten(-1, (self.heads, self.spec.head_dim)), dt, -torch.exp(scan.A_log), B, C), conv
 
     def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
@@ -63,6 +64,18 @@ class Mamba2(Mamba):
         gate = F.silu(self.z_proj(x))
         y = self.norm(y) * gate if self.spec.norm_before_gate else self.norm(y * gate)
         return segments.mask(self.out_proj(y))
+
+    def split(self, share: Share) -> Split:
+        """By heads, with their groups; a single group's B and C are held whole, and its norm is over all ranks."""
+        self.share, self.heads = share, share.divided(self.heads, "the number of mamba's heads")
+        names = ["z_proj.weight", "x_proj.weight", "dt_proj.weight", "x_conv.weight", "x_conv.bias", "norm.weight"]
+        if self.groups == 1:
+            self.norm.share = share
+        else:
+            self.groups = self.norm.groups = share.divided(self.groups, "mamba.n_groups")
+            names += [f"{name}.{part}" for name in ("B_conv", "C_conv") for part in ("weight", "bias")]
+            names += ["B_proj.weight", "C_proj.weight"]
+        return {**columns((*names, "scan.A_log", "scan.D", "scan.dt_bias")), "out_proj.weight": 1}
 
     def init_state(
         self,
@@ -75,7 +88,7 @@ class Mamba2(Mamba):
     ) -> SSMState:
         weight, spec = self.z_proj.weight, self.spec
         device, dtype = device or weight.device, dtype or weight.dtype
-        channels = self.z_proj.out_features + 2 * spec.n_groups * spec.d_state
+        channels = self.z_proj.out_features + 2 * self.groups * spec.d_state
         ssm = torch.zeros(batch, self.heads, spec.head_dim, spec.d_state, device=device, dtype=wide(dtype))
         return SSMState(ssm, torch.zeros(batch, spec.d_conv - 1, channels, device=device, dtype=dtype))
 

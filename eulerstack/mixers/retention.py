@@ -16,6 +16,7 @@ from ..layers.linear import Linear, beside
 from ..layers.norm import layer_norm
 from ..layers.precision import FullPrecision
 from ..layers.rope import make_rope, phases, rotate
+from ..layers.share import WHOLE, Share, Split, columns
 from ..segments import Segments
 from ..spec import LinearAttentionSpec, RetNetSpec, StackSpec
 from ..state import RetentionState
@@ -47,16 +48,16 @@ class Decay(nn.Module):
 
     def __init__(self, gamma: str | float, width: int, heads: int) -> None:
         super().__init__()
-        self.gamma, self.heads = gamma, heads
+        self.gamma, self.heads, self.share = gamma, heads, WHOLE
         self.learned = FullPrecision({"gamma": (heads,)}) if gamma == "learned" else None
         self.gamma_proj = Linear(width, heads, bias=False) if gamma == "gated" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.learned is not None:
-            return F.logsigmoid(self.learned.get_parameter("gamma"))
+            return F.logsigmoid(self.learned.tensor("gamma"))
         if self.gamma_proj is not None:
             return F.logsigmoid(self.gamma_proj(x).to(wide(x.dtype))) / GATE_ROOT
-        return log_gamma(self.gamma, self.heads, x.device)
+        return self.share.part(log_gamma(self.gamma, self.heads, x.device))
 
     def reset_parameters(self) -> None:
         """A learned gamma starts at equation 8's; its parameter is the logit."""
@@ -106,6 +107,11 @@ class Retained(Mixer[RetentionState]):
         y, kv = self.ops.recurrent(*self._heads(x, segments), state.kv, segments)
         return self._out(x, y, segments), RetentionState(kv)
 
+    def split(self, share: Share) -> Split:
+        """By heads."""
+        self.share, self.heads = share, share.divided(self.heads, "model.n_heads")
+        return {**columns(f"{name}_proj.weight" for name in "qkvg"), "o_proj.weight": 1}
+
     def init_state(
         self,
         batch: int,
@@ -150,6 +156,10 @@ class Retention(Retained):
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         return {"decay": self.decay(x).exp()}
+
+    def split(self, share: Share) -> Split:
+        self.decay.share = share
+        return {**super().split(share), "decay.learned.gamma": 0, "decay.gamma_proj.weight": 0}
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""

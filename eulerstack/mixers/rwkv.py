@@ -12,6 +12,7 @@ from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
 from ..layers.linear import Linear
 from ..layers.precision import FullPrecision
+from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import RWKVSpec, StackSpec
 from ..state import WKVState
@@ -64,18 +65,27 @@ class RWKV(Mixer[WKVState]):
         return self._out(gate, y, segments), WKVState(shift, *sums)
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
-        return {"decay": torch.exp(-self.time.get_parameter("decay").exp())}
+        return {"decay": torch.exp(-self.time.tensor("decay").exp())}
 
     def _inputs(self, x: Tensor, shift: Tensor, segments: Segments) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """The gate, (k, v [B, T, D], w, u [D]) of the kernels, and the input to mix with the next token."""
         before, shift = _before(x, shift, segments)
-        k, v, r = (torch.lerp(before, x, self.get_parameter(f"mix_{n}").to(x.dtype)) for n in "kvr")
+        k, v, r = (torch.lerp(before, x, mix.to(x.dtype)) for mix in (self.mix_k, self.mix_v, self.mix_r))
         time = self.time
-        decay, bonus = time.get_parameter("decay").exp(), time.get_parameter("bonus")
+        decay, bonus = time.tensor("decay").exp(), time.tensor("bonus")
         return torch.sigmoid(self.r_proj(r)), (self.k_proj(k), self.v_proj(v), decay, bonus), shift
 
     def _out(self, gate: Tensor, y: Tensor, segments: Segments) -> Tensor:
         return segments.mask(self.o_proj(gate * y.to(gate.dtype)))
+
+    def split(self, share: Share) -> Split:
+        """By channels; the mixes are of the whole input."""
+        self.share = share
+        share.divided(self.k_proj.out_features, "model.d_model")
+        return {
+            **columns(("k_proj.weight", "v_proj.weight", "r_proj.weight", "time.decay", "time.bonus")),
+            "o_proj.weight": 1,
+        }
 
     def init_state(
         self,
@@ -87,9 +97,9 @@ class RWKV(Mixer[WKVState]):
         rollback: int = 0,
     ) -> WKVState:
         weight = self.k_proj.weight
-        device, dtype, width = device or weight.device, dtype or weight.dtype, weight.shape[0]
-        sums = (torch.zeros(batch, width, device=device, dtype=wide(dtype)) for _ in range(3))
-        return WKVState(torch.zeros(batch, 1, width, device=device, dtype=dtype), *sums)
+        device, dtype = device or weight.device, dtype or weight.dtype
+        sums = (torch.zeros(batch, weight.shape[0], device=device, dtype=wide(dtype)) for _ in range(3))
+        return WKVState(torch.zeros(batch, 1, weight.shape[1], device=device, dtype=dtype), *sums)
 
     def flops(self, tokens: int) -> int:
         """Per token and channel: a weight and two sums for each token of half a chunk, and for the state."""
