@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .disk import to_disk
 from .model import Stack, build
@@ -19,11 +22,15 @@ from .tokens import Tokenizer
 
 
 def save_checkpoint(
-    model: Stack, folder: str | Path, tokenizer: Tokenizer | None = None, notes: dict[str, Any] | None = None
+    model: Stack,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    notes: dict[str, Any] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the directory beside its place and move it there whole, so that none is ever half written.
 
-    notes: what the header is to hold as well, as JSON. Raises OSError where the disk does not take it, and leaves the
+    notes: what the header is to hold as well, as JSON. weights: the model's own unless given. Raises OSError where the disk does not take it, and leaves the
     directory that was there.
     """
     folder = Path(folder)
@@ -31,7 +38,8 @@ def save_checkpoint(
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         dump(model.spec, work / "spec.yml")
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+        found = model.state_dict() if weights is None else weights
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in found.items()}
         try:
             save_file(weights, str(work / WEIGHTS))
         except SafetensorError as error:
@@ -72,6 +80,31 @@ def load_weights(model: Stack, folder: Path) -> None:
     except SafetensorError as error:
         raise _unfit(folder, error) from error
     _fill(model, weights, folder)
+
+
+@contextmanager
+def reading(model: Stack, folder: Path) -> Iterator[Callable[[str, nn.Module], None]]:
+    """What reads a checkpoint's weights into one part of a stack like `model`, given the part's name.
+
+    Raises ValueError where they are not those of the stack.
+    """
+    with _opened(folder) as file:
+        wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+        if wanted != {name: file.get_slice(name).get_shape() for name in file.keys()}:  # noqa: SIM118 - no mapping
+            raise _unfit(folder, ValueError("names or shapes differ"))
+
+        def fill(name: str, part: nn.Module) -> None:
+            names = part.state_dict()
+            part.load_state_dict({own: file.get_tensor(f"{name}.{own}") for own in names})
+
+        yield fill
+
+
+def _opened(folder: Path) -> Any:
+    try:
+        return safe_open(folder / WEIGHTS, "pt")
+    except SafetensorError as error:
+        raise _unfit(folder, error) from error
 
 
 def _fill(model: Stack, weights: dict[str, torch.Tensor], place: Path) -> None:

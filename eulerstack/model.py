@@ -341,6 +341,19 @@ def build(
     kernels: a provider's name for all operations, or `auto`. Raises ValueError for a provider that cannot serve,
     and for optimizer_groups that match no parameter.
     """
+    stack = outline(spec, device, dtype, kernels)
+    if torch.device(device).type != "meta":
+        stack.to_empty(device=device).reset_parameters()
+    return stack
+
+
+def outline(
+    spec: StackSpec,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    kernels: str = "auto",
+) -> Stack:
+    """The stack as `build` makes it for a device, but still on the meta device: without memory for its weights."""
     dtype = DTYPES[spec.model.dtype] if dtype is None else dtype
     if dtype not in (*DTYPES.values(), torch.float64):
         raise ValueError(f"dtype = {dtype!r}: give torch.float32, torch.bfloat16, torch.float16 or torch.float64")
@@ -349,6 +362,4 @@ def build(
         stack = Stack(spec, Target(kernels, torch.device(device).type, dtype))
     check_groups([name for name, _ in stack.named_parameters()], spec.training_hints.optimizer_groups)
     stack.to(dtype)
-    if torch.device(device).type != "meta":
-        stack.to_empty(device=device).reset_parameters()
     return stack

@@ -26,7 +26,19 @@ MAY_IMPORT = {
     "stored": set(),
     "checkpoint": {"disk", "model", "spec", "stored", "tokens"},
     "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
-    "training": {"block", "checkpoint", "devices", "disk", "groups", "mixers", "model", "segments", "spec", "state"}
+    "training": {
+        "block",
+        "checkpoint",
+        "devices",
+        "disk",
+        "groups",
+        "layers",
+        "mixers",
+        "model",
+        "segments",
+        "spec",
+        "state",
+    }
     | {"stored", "tokens"},
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "stored", "tokens", "training"},
 }

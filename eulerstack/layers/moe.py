@@ -20,7 +20,7 @@ from ..kernels.shapes import has_memory
 from ..spec import GatedMLPSpec, MoEFFNSpec
 from .ffn import GATES, GatedMLP, init_linear
 from .loss import Average, unchanged
-from .precision import FullPrecision
+from .precision import FullPrecision, Precise
 from .serve import Served
 from .share import WHOLE, Share, Split
 
@@ -63,7 +63,7 @@ class MoE(nn.Module):
         super().__init__()
         moe = spec.moe
         self.spec = moe
-        self.router_proj = nn.Linear(width, moe.experts, bias=False)
+        self.router_proj = Precise(width, moe.experts, bias=False)
         self.experts = Experts(spec, width, hidden)
         shared = GatedMLPSpec(type="gated_mlp", activation=spec.activation)
         self.shared = GatedMLP(shared, width, moe.shared_experts * hidden) if moe.shared_experts else None

@@ -6,6 +6,10 @@ from torch import Tensor, nn
 from ..kernels.precision import wide
 
 
+class Precise(nn.Linear):
+    """A small linear layer that its owner computes in at least float32, whatever its weights are held in."""
+
+
 class FullPrecision(nn.Module):
     """A room for tensors that stay at least float32: log decays, dt biases, D, balancing biases.
 

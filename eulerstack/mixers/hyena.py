@@ -13,6 +13,7 @@ from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
 from ..layers.linear import Linear, joined
+from ..layers.precision import Precise
 from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import HyenaSpec, StackSpec
@@ -36,9 +37,9 @@ class Filter(nn.Module):
     def __init__(self, spec: HyenaSpec, width: int, longest: int) -> None:
         super().__init__()
         self.depth, self.width, self.longest, self.decay = spec.depth, width, longest, spec.filter_decay
-        self.in_proj = nn.Linear(1 + 2 * BANDS, spec.filter_hidden)
-        self.mid_proj = nn.Linear(spec.filter_hidden, spec.filter_hidden)
-        self.out_proj = nn.Linear(spec.filter_hidden, spec.depth * width, bias=False)
+        self.in_proj = Precise(1 + 2 * BANDS, spec.filter_hidden)
+        self.mid_proj = Precise(spec.filter_hidden, spec.filter_hidden)
+        self.out_proj = Precise(spec.filter_hidden, spec.depth * width, bias=False)
         self._known: tuple[object, Tensor] | None = None
 
     @without_autocast

@@ -43,10 +43,13 @@ class Export(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, StackModule)
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        weights = pl_module.whole_weights()
+        if not trainer.is_global_zero:
             return
         root, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
-        save_checkpoint(pl_module.model, root / "checkpoint", data.text_tokenizer)
+        save_checkpoint(pl_module.model, root / "checkpoint", data.text_tokenizer, weights=weights)
         print(f"checkpoint: {root / 'checkpoint'}")
         self._draw(root)
 

@@ -19,6 +19,7 @@ from .diagnostics import Diagnostics
 from .keeping import KeepBest, WholeFiles
 from .module import StackModule
 from .settings import table
+from .strategy import FSDP2, forget, recover
 from .throughput import Throughput
 
 DEFAULTS: dict[str, Any] = {
@@ -43,6 +44,8 @@ class StackCLI(LightningCLI):
         parser.add_argument(
             "--diagnose_every", type=int, default=100, help="Steps between logs of decays and states by layer; 0: none."
         )
+        text = "Devices that split each layer between them; the other devices share batches. Needs strategy fsdp2."
+        parser.add_argument("--tensor_parallel", type=int, default=1, help=text)
         text = "How many checkpoints to keep in best/: those with the lowest val_bits_per_byte."
         parser.add_argument("--keep_best", type=int | None, default=None, help=text)
         text = "The device's FLOPs a second, for MFU; that of the data sheet for GPUs that are known."
@@ -65,7 +68,8 @@ class StackCLI(LightningCLI):
         options = {"seed": self._get(self.config, "seed_everything"), "grad_clip": self.trainer.gradient_clip_val}
         given = {key: value for key, value in options.items() if value is not None and value is not False}
         places = hint_places(self._get(self.config, "model")["spec"])
-        print(table(self.model.spec, places, self.model.changes, given))
+        if self.trainer.is_global_zero:
+            print(table(self.model.spec, places, self.model.changes, given))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -85,10 +89,17 @@ class StackCLI(LightningCLI):
         if config["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(root, name="logs") if fitting else False
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
-        trainer = super().instantiate_trainer(**kwargs)
-        if trainer.world_size > 1:
-            raise ValueError("training on several devices is not supported yet: set --trainer.devices 1")
-        return trainer
+        kwargs["strategy"] = self._strategy(config["strategy"])
+        return super().instantiate_trainer(**kwargs)
+
+    def _strategy(self, wanted: Any) -> Any:
+        """The Trainer's, with the size of tensor-parallel groups."""
+        tensor = self._get(self.config, "tensor_parallel")
+        if tensor == 1:
+            return wanted
+        if wanted != "fsdp2":
+            raise ValueError(f"--tensor_parallel {tensor} needs --trainer.strategy fsdp2")
+        return FSDP2(tensor)
 
     def _watchers(self) -> list[L.Callback]:
         """What keeps the best stacks and what tells of the mixers, if they are asked for, and the clock."""
@@ -99,9 +110,10 @@ class StackCLI(LightningCLI):
     def _resume_point(self, root: Path) -> ModelCheckpoint:
         """resume/last.ckpt; one of an earlier run goes, unless this run resumes it."""
         last, wanted = root / "resume" / "last.ckpt", self._get(self.config, "ckpt_path")
+        recover(last)
         if wanted is None:
-            last.unlink(missing_ok=True)
-        if wanted == "last" and not last.is_file():
+            forget(last)
+        if wanted == "last" and not last.exists():
             raise ValueError(f"--ckpt_path last: there is no {last} to go on from; start without --ckpt_path")
         every = self._get(self.config, "resume_every")
         if every < 1:

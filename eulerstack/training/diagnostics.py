@@ -36,7 +36,8 @@ class Diagnostics(L.Callback):
             return
         assert isinstance(pl_module, StackModule)
         self.told, document = step, None if batch.document is None else batch.document[:1]
-        found = diagnose(pl_module.model, batch.tokens[:1], document)
+        with trainer.precision_plugin.forward_context():
+            found = diagnose(pl_module.model, batch.tokens[:1], document)
         for logger in trainer.loggers:
             logger.log_metrics(found, step - 1)
 
@@ -67,11 +68,12 @@ def diagnose(model: Stack, tokens: Tensor, document: Tensor | None = None) -> di
 
 def _of_mixer(mixer: Mixer[Any], x: Tensor, segments: Segments) -> Iterator[tuple[str, Tensor]]:
     for name, values in mixer.dynamics(x, segments).items():
-        ordered, last = values.flatten().sort().values, values.numel() - 1
+        ordered = mixer.share.every(values.flatten()).sort().values
+        last = ordered.numel() - 1
         for which, share in (("least", 0.0), ("median", 0.5), ("most", 1.0)):
             yield f"{name}_{which}", ordered[round(share * last)]
     _, state = mixer.chunkwise(x, mixer.init_state(x.shape[0], x.shape[1], x.device, x.dtype), segments)
     for part in state.branches if isinstance(state, BranchedState) else (state,):
         for name, tensor in part.tensors().items():
             if part.KINDS[name] in SUMS:
-                yield f"{name}_rms", tensor.square().mean().sqrt()
+                yield f"{name}_rms", mixer.share.every(tensor.square().mean()[None]).mean().sqrt()

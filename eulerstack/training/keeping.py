@@ -69,12 +69,15 @@ class KeepBest(L.Callback):
         better = 0 if self._started_anew else sum(found <= bits for found in others.values())
         if better < self.count:
             self._keep(trainer, pl_module, folder, {"step": step, MEASURE: bits})
-            self._drop(others)
+            self._drop(others if trainer.is_global_zero else {})
+        trainer.strategy.barrier()
 
     def _keep(self, trainer: L.Trainer, module: L.LightningModule, folder: Path, notes: dict[str, Any]) -> None:
         assert isinstance(module, StackModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        save_checkpoint(module.model, folder, data.text_tokenizer, notes)
+        weights = module.whole_weights()
+        if trainer.is_global_zero:
+            save_checkpoint(module.model, folder, data.text_tokenizer, notes, weights)
 
     def _drop(self, others: dict[Path, float]) -> None:
         """Delete what is no longer among the best, after what is has been written."""
@@ -84,6 +87,8 @@ class KeepBest(L.Callback):
         self._started_anew = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         found = {} if self._started_anew else kept(Path(trainer.default_root_dir) / "best")
         for folder in sorted(found, key=found.__getitem__):
             print(f"best: {folder}, {found[folder]:.4f} bits per byte")

@@ -1,21 +1,29 @@
 """StackModule: a stack as a plain LightningModule."""
 
 import math
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
-from ..checkpoint import load_weights
-from ..model import Stack, build
+from ..checkpoint import load_weights, reading
+from ..layers.share import Share
+from ..model import Stack, build, outline
 from ..segments import IGNORED
 from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, with_hints
 from ..stored import check_checkpoint
 from .data import Batch, TextData
 from .optim import make_optimizer, make_schedule
+from .sharded import shard
 
 
 class StackModule(L.LightningModule):
@@ -92,17 +100,69 @@ class StackModule(L.LightningModule):
         return self._built
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError for several devices: each would train on the same batches."""
-        if self.trainer.world_size > 1:
-            raise ValueError("training on several devices is not supported yet: set trainer.devices to 1")
+        """All ranks draw as the first would. Raises ValueError for a strategy that is not known to train a stack."""
+        strategy = self.trainer.strategy
+        if self.trainer.world_size > 1 and not isinstance(strategy, DDPStrategy | ModelParallelStrategy):
+            raise ValueError(f"strategy {type(strategy).__name__} does not train a stack; give ddp or fsdp2")
+        self._seed = strategy.broadcast(self._seed)
+        torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))
+        if strategy.root_device.type == "cuda":
+            torch.cuda.set_rng_state(strategy.broadcast(torch.cuda.get_rng_state()))
+
+    @property
+    def ranks(self) -> Share:
+        """This process among those that read different rows of a batch."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            side = strategy.device_mesh["data_parallel"]
+            return Share(side.get_local_rank(), side.size(), side.get_group())
+        if isinstance(strategy, ParallelStrategy):
+            return Share(strategy.global_rank, strategy.world_size)
+        return Share()
 
     def configure_model(self) -> None:
         if self._built is not None:
             return
-        device = "cpu" if self._trainer is None else self.trainer.strategy.root_device
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            self._built = self._sharded(strategy)
+            return
+        device = "cpu" if strategy is None else strategy.root_device
         self._built = build(self.spec, device, torch.get_default_dtype(), self.kernels)
         if self.weights is not None:
             load_weights(self._built, self.weights)
+
+    def _sharded(self, strategy: ModelParallelStrategy) -> Stack:
+        """Under bf16-mixed the sharded matrices travel in bfloat16, and are kept in float32."""
+        stack = outline(self.spec, strategy.root_device, torch.get_default_dtype(), self.kernels)
+        compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        with nullcontext() if self.weights is None else reading(stack, self.weights) as fill:
+            shard(stack, strategy.device_mesh, strategy.root_device, fill, compute)
+        return stack
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs of `Stack.losses` over a sequence, on all the devices that hold the stack together."""
+        return self._outline.flops(tokens, training=True)
+
+    @cached_property
+    def _outline(self) -> Stack:
+        return build(self.spec, "meta", kernels=self.kernels)
+
+    def _average(self, count: Tensor) -> Tensor:
+        """The mean over the ranks that share a batch; no gradient."""
+        ranks = self.ranks
+        if ranks.of == 1:
+            return count
+        mean = count.detach().clone() if count.is_floating_point() else count.double()
+        dist.all_reduce(mean, group=ranks.group)
+        return mean / ranks.of
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The stack's weights on the CPU, from all ranks, which must all ask; on others than the first, none."""
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
+        return {name: weight.detach().cpu() for name, weight in self.model.state_dict().items()}
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
@@ -110,15 +170,16 @@ class StackModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         """What a batch drops depends on the run's seed and the batch's number only: a resumed run drops the same."""
-        torch.manual_seed((self._seed + self.trainer.fit_loop.total_batch_idx) % (1 << 63))
+        own = self.ranks.rank << 40
+        torch.manual_seed((self._seed + own + self.trainer.fit_loop.total_batch_idx) % (1 << 63))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        loss, parts = self.model.losses(batch.tokens, batch.targets, batch.segments())
+        loss, parts = self.model.losses(batch.tokens, batch.targets, batch.segments(), self._average)
         self._note_routing(parts, batch.tokens.shape[0])
-        bits = parts["cross_entropy"].detach() / math.log(2) / batch.bytes_per_token
+        total, entropy = self._average(torch.stack([loss.detach(), parts["cross_entropy"].detach()]))
         rows = batch.tokens.shape[0]
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=rows)
-        self.log("bits_per_byte", bits, prog_bar=True, batch_size=rows)
+        self.log("loss", total, prog_bar=True, batch_size=rows)
+        self.log("bits_per_byte", entropy / math.log(2) / batch.bytes_per_token, prog_bar=True, batch_size=rows)
         return loss
 
     def _note_routing(self, parts: dict[str, Tensor], rows: int) -> None:
@@ -133,7 +194,7 @@ class StackModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Router biases move once a step, by the loads of all its batches."""
-        self.model.rebalance(self._loads)
+        self.model.rebalance({layer: self._average(load) for layer, load in self._loads.items()})
         self._loads = {}
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -150,8 +211,8 @@ class StackModule(L.LightningModule):
     def _measure(self, name: str, batch: Batch) -> None:
         """Log the mean over predicted tokens, weighted by how many each batch has."""
         count = int((batch.targets != IGNORED).sum())
-        if count == 0:
-            return
+        if count == 0 and self.trainer.world_size == 1:
+            return  # several ranks meet to take the mean
         _, parts = self.model.losses(batch.tokens, batch.targets, batch.segments())
         bits = parts["cross_entropy"] / math.log(2) / batch.bytes_per_token
         self.log(name, bits, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
@@ -171,7 +232,8 @@ class StackModule(L.LightningModule):
         """The norm is logged as it was before. Lightning's own clipping refuses fused optimizers."""
         chosen = self.spec.training_hints.grad_clip if gradient_clip_val is None else gradient_clip_val
         by_value, most = gradient_clip_algorithm == "value", chosen or math.inf
-        self.log("grad_norm", nn.utils.clip_grad_norm_(self.parameters(), math.inf if by_value else most))
+        norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if by_value else most)
+        self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if by_value:
             nn.utils.clip_grad_value_(self.parameters(), most)
 
@@ -183,6 +245,10 @@ class StackModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the run to resume had another stack, or another recipe."""
         self._loads, self._seed = checkpoint["router_loads"], checkpoint["seed"]
+        self.check_same(checkpoint)
+
+    def check_same(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError where the run of a checkpoint had another stack, or another recipe."""
         was = loads(checkpoint["stack"])
         if was == self.spec:
             return

@@ -53,15 +53,16 @@ class Throughput(L.Callback):
     ) -> None:
         assert isinstance(pl_module, StackModule)
         rows, tokens = batch.tokens.shape
+        rows *= pl_module.ranks.of
         self._tokens += rows * tokens
-        self._flops += 3 * rows * pl_module.model.flops(tokens, training=True)
+        self._flops += 3 * rows * pl_module.flops(tokens)
         if trainer.global_step == self._step:
             return  # the batch was accumulated
         self._step, now = trainer.global_step, time.perf_counter()
         if self._mark is not None:
             self._steps.append((self._seconds + now - self._mark, self._tokens, self._flops))
         self._clear(now)
-        for name, value in self.figures(pl_module.device).items():
+        for name, value in self.figures(pl_module.device, trainer.world_size).items():
             pl_module.log(name, value, prog_bar=True, batch_size=rows)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,14 +75,14 @@ class Throughput(L.Callback):
         if self._mark is not None:
             self._mark = time.perf_counter()
 
-    def figures(self, device: torch.device) -> dict[str, float]:
+    def figures(self, device: torch.device, devices: int = 1) -> dict[str, float]:
         """What the last steps took: tokens_per_second, mfu where the peak is known, peak_memory_gib."""
         found = {}
         if self._steps:
             seconds, tokens, flops = map(sum, zip(*self._steps, strict=True))
             found["tokens_per_second"] = tokens / seconds
             if self.peak_flops is not None:
-                found["mfu"] = flops / seconds / self.peak_flops
+                found["mfu"] = flops / seconds / self.peak_flops / devices
         peak = peak_memory(device)
         return found if peak is None else {**found, "peak_memory_gib": peak / 2**30}
 

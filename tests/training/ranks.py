@@ -1,0 +1,123 @@
+"""Trains small stacks on the ranks of a launcher, or on one process: what test_ranks.py compares.
+
+    python -m tests.training.ranks FOLDER          reads FOLDER/cases.json, writes FOLDER/NAME.pt of each case
+"""
+
+import contextlib
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from eulerstack.spec import from_data
+from eulerstack.training.data import Batch, collate
+from eulerstack.training.module import StackModule
+from eulerstack.training.strategy import FSDP2
+from tests.training.conftest import QUIET
+
+ROWS, TOKENS = 4, 24
+
+
+class Rows:
+    """Global batches of packed, ragged documents; a rank takes its share of each. Resumes where it was."""
+
+    def __init__(self, module: StackModule, batches: int, vocab: int) -> None:
+        self.module, self.batches, self.vocab, self.taken = module, batches, vocab, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        ranks = self.module.ranks
+        each = ROWS // ranks.of
+        for number in range(self.taken, self.batches):
+            self.taken = number + 1
+            rng = np.random.default_rng(number)
+            items = []
+            for _ in range(ROWS):
+                ids = rng.integers(0, self.vocab, TOKENS + 1)
+                document = np.sort(rng.integers(0, 4, TOKENS + 1))
+                items.append((ids, document, rng.random(TOKENS + 1) < 0.8))
+            yield collate(items[ranks.rank * each : (ranks.rank + 1) * each], TOKENS, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+class Watch(L.Callback):
+    """The loss of each batch over all ranks, and the gradients of the first optimizer step, before they are clipped."""
+
+    def __init__(self, gradients: bool) -> None:
+        self.losses: list[float] = []
+        self.grads: dict[str, torch.Tensor] | None = None
+        self.wanted = gradients
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        if self.wanted and self.grads is None:
+            self.grads = {name: whole(p.grad) for name, p in module.model.named_parameters()}
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+
+
+def groups_of(module: StackModule) -> list[Any]:
+    """The optimizer's groups by the names of their parameters."""
+    names = {p: name for name, p in module.model.named_parameters()}
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    return [(sorted(names[p] for p in g["params"]), g["initial_lr"], g["weight_decay"]) for g in optimizer.param_groups]
+
+
+def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    torch.set_default_dtype(getattr(torch, case.get("dtype", "float64")))
+    L.seed_everything(case.get("seed", 3), verbose=False)
+    spec = from_data(case["spec"], "case")
+    module = StackModule(spec, lr_peak=3e-3, schedule="constant", **case.get("options", {}))
+    if "weights" in case:
+        module.weights = Path(case["weights"])
+    watch, alone = Watch(case.get("gradients", True)), not torch.distributed.is_torchelastic_launched()
+    strategy = "auto" if alone else FSDP2(case.get("tensor", 1)) if case["strategy"] == "fsdp2" else case["strategy"]
+    trainer = L.Trainer(
+        max_steps=case.get("steps", 3),
+        devices=1 if alone else 2,
+        strategy=strategy,
+        accumulate_grad_batches=case.get("accumulate", 1),
+        precision=case.get("precision", "32-true"),
+        callbacks=[watch],
+        **QUIET,
+    )
+    rows = Rows(module, case.get("batches", 100), spec.model.vocab_size)
+    resumed = folder / case["resume"] if "resume" in case else None
+    trainer.fit(module, rows, ckpt_path=resumed, weights_only=True)
+    if "save" in case:
+        trainer.save_checkpoint(folder / case["save"])
+    weights = {name: whole(p) for name, p in module.model.named_parameters()}
+    dtypes = {name: str(p.dtype) for name, p in module.model.named_parameters()}
+    return {"losses": watch.losses, "grads": watch.grads, "weights": weights, "groups": groups_of(module), "dtypes": dtypes}
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    for case in json.loads((folder / "cases.json").read_text()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = train(case, folder)
+        if int(__import__("os").environ.get("RANK", "0")) == 0:
+            torch.save(found, folder / f"{case['name']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
