@@ -20,6 +20,9 @@ from .spec import StackSpec, dump, load, loads
 from .stored import FORMAT, HEADER, WEIGHTS, check_checkpoint
 from .tokens import Tokenizer
 
+META = "meta.pt"
+"""What is no tensor in a sharded run's directory, where Lightning looks for it."""
+
 
 def save_checkpoint(
     model: Stack,
@@ -30,8 +33,8 @@ def save_checkpoint(
 ) -> None:
     """Write the directory beside its place and move it there whole, so that none is ever half written.
 
-    notes: what the header is to hold as well, as JSON. weights: the model's own unless given. Raises OSError where the disk does not take it, and leaves the
-    directory that was there.
+    notes: what the header is to hold as well, as JSON. weights: the model's own unless given. Raises OSError where the
+    disk does not take it, and leaves the directory that was there.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -137,14 +140,31 @@ def read_run(file: Path, map_location: Any = "cpu", weights_only: bool = True) -
 def stack_of_run(file: Path, dtype: torch.dtype | None = None) -> Stack:
     """The stack of a run's resume/*.ckpt, in evaluation mode on the CPU. dtype: the one its spec names by default.
 
-    Raises ValueError for a file that holds no stack.
+    Raises ValueError for a file, or a sharded run's directory, that holds no stack.
     """
+    if file.is_dir():
+        return _stack_of_shards(file, dtype)
     found = read_run(file)
     if "stack" not in found or "state_dict" not in found:
         raise ValueError(f"{file} holds no stack: give a resume/*.ckpt that `eulerstack fit` wrote")
     model = build(loads(found["stack"]), dtype=dtype)
     weights = {name.removeprefix("_built."): weight for name, weight in found["state_dict"].items()}
     _fill(model, weights, file)
+    return model.eval()
+
+
+def _stack_of_shards(folder: Path, dtype: torch.dtype | None) -> Stack:
+    from torch.distributed.checkpoint import state_dict_loader  # noqa: PLC0415 - half a second, for few
+    from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415
+
+    if not (folder / META).is_file():
+        raise ValueError(f"{folder} holds no stack: give a resume/*.ckpt that `eulerstack fit` wrote")
+    model = build(loads(read_run(folder / META)["stack"]), dtype=dtype)
+    weights = {f"_built.{name}": weight for name, weight in model.state_dict().items()}
+    try:
+        state_dict_loader.load({"state_dict": weights}, checkpoint_id=folder, no_dist=True)  # into the stack's own
+    except (CheckpointException, OSError) as error:
+        raise ValueError(f"{folder} cannot be read, it is damaged ({str(error).splitlines()[0]})") from None
     return model.eval()
 
 

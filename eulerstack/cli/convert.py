@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import load_checkpoint, save_checkpoint, stack_of_run, with_dtype
+from ..checkpoint import META, load_checkpoint, save_checkpoint, stack_of_run, with_dtype
 from ..tokens import tokenizer_of
 
 
@@ -13,9 +13,10 @@ def convert(source: str, target: str, dtype: str | None) -> None:
     place, wanted = Path(source), None if dtype is None else getattr(torch, dtype)
     if not place.exists():
         raise ValueError(f"there is no {source}: give a run's resume/last.ckpt, or a checkpoint directory")
-    model = load_checkpoint(place, dtype=wanted) if place.is_dir() else stack_of_run(place, wanted)
+    ours = place.is_dir() and not (place / META).is_file()
+    model = load_checkpoint(place, dtype=wanted) if ours else stack_of_run(place, wanted)
     if wanted is not None:
         model.spec = with_dtype(model.spec, wanted)
-    folder = place if place.is_dir() else place.resolve().parent.parent / "checkpoint"
+    folder = place if ours else place.resolve().parent.parent / "checkpoint"
     save_checkpoint(model, target, tokenizer_of(model.spec.tokenizer_contract, folder))
     print(f"checkpoint: {target}")

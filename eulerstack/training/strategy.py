@@ -2,15 +2,21 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import distributed as dist
+from torch.distributed.checkpoint import state_dict_saver as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
+from ..checkpoint import META
 from ..disk import to_disk
 from .module import StackModule
 
@@ -19,11 +25,14 @@ class FSDP2(ModelParallelStrategy):
     """Sharded weights (`fully_shard`) over the devices, or over groups of `tensor_parallel` that split each layer.
 
     Checkpoints of a run are directories (torch.distributed.checkpoint), which resume on any number of devices. They
-    are on the disk whole, or not at all.
+    are on the disk whole, or not at all. With `async_save` they are written while the run goes on, from a copy.
     """
 
-    def __init__(self, tensor_parallel: int = 1) -> None:
+    def __init__(self, tensor_parallel: int = 1, async_save: bool = False) -> None:
         super().__init__(tensor_parallel_size=tensor_parallel)
+        self.async_save = async_save
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         if tensor_parallel < 1:
             raise ValueError(f"tensor_parallel = {tensor_parallel} must be 1 or more")
 
@@ -50,28 +59,63 @@ class FSDP2(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Written beside its place, and moved there by the first rank when all have written."""
+        if storage_options is not None:
+            raise TypeError("checkpoints are folders of this machine: storage_options are not taken")
+        self.written()
         path = Path(self.broadcast(filepath))
         work = path.with_name(f".{path.name}.new")
+        parts = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        parts["state_dict"] = checkpoint.pop("state_dict")
         if self.is_global_zero:
             shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            torch.save(checkpoint, work / META)
         self.barrier()
-        super().save_checkpoint(checkpoint, work, storage_options)
-        self.barrier()
+        if self.async_save:
+            copied = dcp.async_save(parts, checkpoint_id=work, process_group=self._writers)
+            assert isinstance(copied, Future)
+            self._writing = self._writer.submit(self._finished, copied.result, work, path)
+        else:
+            self._finished(lambda: dcp.save(parts, checkpoint_id=work), work, path)
+            self.barrier()
+
+    @cached_property
+    def _writers(self) -> Any:
+        """A group of all ranks for what is written beside the training, whose own messages would cross."""
+        return dist.new_group(backend="gloo")
+
+    def _finished(self, write: Callable[[], Any], work: Path, path: Path) -> None:
+        """The first rank is told when all have written. Raises OSError where one could not."""
+        try:
+            write()
+        except CheckpointException as error:
+            reasons = {str(failure[0]) for failure in error.failures.values()}
+            raise OSError(f"{path} cannot be written: {'; '.join(sorted(reasons))}") from None
         if self.is_global_zero:
             _moved(work, path)
-        self.barrier()
+
+    def written(self) -> None:
+        """Wait for what is being written. Raises OSError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+            self.barrier()
+
+    def teardown(self) -> None:
+        self.written()
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Raises ValueError for what is no such checkpoint, or one of another stack."""
         path = Path(self.broadcast(checkpoint_path))
-        if not (path / "meta.pt").is_file():
+        if not (path / META).is_file():
             raise ValueError(
                 f"{path} is no checkpoint of a run with strategy fsdp2, which are directories; resume with the "
                 "strategy that wrote it, or start a new run from its checkpoint/"
             )
         module = self.lightning_module
         assert isinstance(module, StackModule)
-        module.check_same(torch.load(path / "meta.pt", weights_only=True))
+        module.check_same(torch.load(path / META, weights_only=True))
         return super().load_checkpoint(path, weights_only)
 
 

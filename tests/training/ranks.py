@@ -1,11 +1,12 @@
 """Trains small stacks on the ranks of a launcher, or on one process: what test_ranks.py compares.
 
-    python -m tests.training.ranks FOLDER          reads FOLDER/cases.json, writes FOLDER/NAME.pt of each case
+python -m tests.training.ranks FOLDER          reads FOLDER/cases.json, writes FOLDER/NAME.pt of each case
 """
 
 import contextlib
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -89,11 +90,11 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     module = StackModule(spec, lr_peak=3e-3, schedule="constant", **case.get("options", {}))
     if "weights" in case:
         module.weights = Path(case["weights"])
-    watch, alone = Watch(case.get("gradients", True)), not torch.distributed.is_torchelastic_launched()
-    strategy = "auto" if alone else FSDP2(case.get("tensor", 1)) if case["strategy"] == "fsdp2" else case["strategy"]
+    watch = Watch(case.get("gradients", True))
+    strategy = FSDP2(case.get("tensor", 1)) if case["strategy"] == "fsdp2" else case["strategy"]
     trainer = L.Trainer(
         max_steps=case.get("steps", 3),
-        devices=1 if alone else 2,
+        devices=int(os.environ.get("WORLD_SIZE", "1")),
         strategy=strategy,
         accumulate_grad_batches=case.get("accumulate", 1),
         precision=case.get("precision", "32-true"),
@@ -107,7 +108,13 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         trainer.save_checkpoint(folder / case["save"])
     weights = {name: whole(p) for name, p in module.model.named_parameters()}
     dtypes = {name: str(p.dtype) for name, p in module.model.named_parameters()}
-    return {"losses": watch.losses, "grads": watch.grads, "weights": weights, "groups": groups_of(module), "dtypes": dtypes}
+    return {
+        "losses": watch.losses,
+        "grads": watch.grads,
+        "weights": weights,
+        "groups": groups_of(module),
+        "dtypes": dtypes,
+    }
 
 
 def main(folder: Path) -> None:
@@ -115,7 +122,7 @@ def main(folder: Path) -> None:
     for case in json.loads((folder / "cases.json").read_text()):
         with contextlib.redirect_stdout(io.StringIO()):
             found = train(case, folder)
-        if int(__import__("os").environ.get("RANK", "0")) == 0:
+        if os.environ.get("RANK", "0") == "0":
             torch.save(found, folder / f"{case['name']}.pt")
 
 
