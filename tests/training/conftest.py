@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+import eulerstack as es
+from eulerstack.training.batches import Batches
+from eulerstack.training.order import InOrder
+
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -58,3 +62,9 @@ def lightnings_own_warnings() -> Iterator[None]:
         for message in (".*does not have many workers.*", ".*treespec.*", ".*GPU available but not used.*"):
             warnings.filterwarnings("ignore", message=message)
         yield
+
+
+def in_order(made: es.TextData, split: str) -> Batches:
+    """All of a split's batches, from the first."""
+    rows = made._rows(split)
+    return made._batches(split, rows, InOrder(len(rows), made.batch_size))

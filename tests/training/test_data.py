@@ -9,7 +9,6 @@ import torch
 import eulerstack as es
 from eulerstack.tokens import Bytes
 from eulerstack.training import corpus as module
-from eulerstack.training.data import Batches
 
 from ..inference.test_generate import word_tokenizer
 
@@ -66,21 +65,21 @@ def test_order_is_a_function_of_the_seed_and_can_be_resumed(corpus: Path) -> Non
     assert all(torch.equal(a, b.tokens) for a, b in zip(first, made.train_dataloader(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for workers in (0, 2):
-        half = Batches(made.shards["train"], 50, 3, 5, workers)
+        half = data(corpus, seed=5, workers=workers).train_dataloader()
         got, state = [], {}
         for batch in half:
             got.append(batch.tokens)
             state = half.state_dict()
             if len(got) == 4:
                 break
-        rest = Batches(made.shards["train"], 50, 3, 9, workers)
+        rest = data(corpus, seed=9, workers=workers).train_dataloader()
         rest.load_state_dict(state)
         got += [b.tokens for b in rest]
         both = [*first, *second]
         assert len(got) == len(first) + 4
         assert all(torch.equal(a, b) for a, b in zip(got, both, strict=False))
     with pytest.raises(ValueError, match=r"data\.batch_size = 3, and this one has 4"):
-        Batches(made.shards["train"], 50, 4, 5, 0).load_state_dict(state)
+        data(corpus, seed=5, batch_size=4).train_dataloader().load_state_dict(state)
 
 
 def test_held_out_text_is_read_from_its_start_each_time(corpus: Path) -> None:

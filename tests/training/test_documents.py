@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import eulerstack as es
-from eulerstack.training.data import Batch, Batches
+from eulerstack.training.data import Batch
 from eulerstack.training.packing import first_fit, pieces
+
+from .conftest import in_order
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {"window": 5}),
@@ -109,7 +111,7 @@ def test_a_prompts_tokens_are_no_targets(tmp_path: Path, packing: str) -> None:
     made = data(lines(tmp_path, *pairs), packing=packing, held_out=0.3)
     learned = 0
     for split in ("train", "held_out"):
-        for batch in Batches(made.shards[split], 24, 4, None, 0, packing):
+        for batch in in_order(made, split):
             assert set(batch.targets.unique().tolist()) <= {-100, ord("=")}
             learned += int((batch.targets == ord("=")).sum())
     # without a prompt, the first token has nothing before it
@@ -135,7 +137,8 @@ def test_pieces_hold_every_target_once_and_rows_hold_what_fits() -> None:
 def test_packed_rows_hold_whole_documents(tmp_path: Path) -> None:
     made = data(ragged(tmp_path), packing="packed")
     found: list[bytes] = []
-    for row in made.train_dataloader().dataset:
+    rows = made.train_dataloader().rows
+    for row in map(rows.__getitem__, range(len(rows))):
         tokens, owner, _ = row
         found += [bytes(tokens[owner == one].astype(np.uint8)) for one in np.unique(owner)]
     assert sorted(found) == sorted(documents(made, "train"))
@@ -155,7 +158,7 @@ def total(model: es.Stack, batch: Batch) -> Tensor:
 def check_packed_equals_alone(model: es.Stack, folder: Path) -> None:
     """The packed batch of ragged documents against the documents one by one."""
     made = data(ragged(folder), packing="packed", batch_size=64)
-    (batch,) = Batches(made.shards["train"], 24, 64, None, 0, "packed")
+    (batch,) = in_order(made, "train")
     assert batch.document is not None
     packed = total(model, batch)
     alone = []
@@ -186,21 +189,20 @@ def test_packed_order_is_a_function_of_the_seed_and_can_be_resumed(tmp_path: Pat
     made = data(ragged(tmp_path), packing="packed")
     loader = made.train_dataloader()
     both = [b.tokens for _ in range(2) for b in loader]
-    shard = made.shards["train"]
     for workers in (0, 2):
-        half = Batches(shard, 24, 4, 3, workers, "packed")
+        half = data(ragged(tmp_path), packing="packed", workers=workers).train_dataloader()
         got = []
         for batch in half:
             got.append(batch.tokens)
             if len(got) == 2:
                 break
-        rest = Batches(shard, 24, 4, 9, workers, "packed")
+        rest = data(ragged(tmp_path), packing="packed", workers=workers, seed=9).train_dataloader()
         rest.load_state_dict(half.state_dict())
         got += [b.tokens for b in rest]
         assert all(torch.equal(a, b) for a, b in zip(got, both, strict=False))
-    windows = len(Batches(shard, 24, 4, 3, 0).dataset)  # type: ignore[arg-type]
+    cut = data(ragged(tmp_path)).train_dataloader()
     with pytest.raises(ValueError, match=r"data\.(packing = packed|windows = )"):
-        Batches(shard, 24, 4, 3, 0).load_state_dict(half.state_dict() | {"windows": windows})
+        cut.load_state_dict(half.state_dict() | {"windows": len(cut.rows)})
 
 
 @pytest.mark.parametrize("name", ["train/tokens.npy", "train/starts.npy", "held_out/given.npy", "manifest.json"])
