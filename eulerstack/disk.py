@@ -1,7 +1,9 @@
 """Files that are on the disk whole, or not at all."""
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -28,3 +30,15 @@ def write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
         to_disk(file.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While no other process is in here with the same folder; who waits goes on when the other ends, killed or not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

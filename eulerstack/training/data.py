@@ -21,10 +21,11 @@ class TextData(L.LightningDataModule):
     """Text for `fit` and `test`: rows of seq_len tokens, each token seeing only its own document.
 
     A document is a file of text, or a line of a .jsonl file: {"text": ...}, or {"prompt": ..., "completion": ...}, of
-    which the completion alone is learned.
+    which the completion alone is learned; or a row, with such columns, of a .parquet file or of a folder that Hugging
+    Face's `datasets` saved (save_to_disk).
 
     Args:
-        path: a folder or a file of text; by default Python's own standard-library sources on this machine.
+        path: a folder or a file of text, lines or tables; by default Python's own standard-library sources here.
         pattern: which files of the folder to read.
         tokenizer: a tokenizer.json or its folder; by default what the stack's tokenizer_contract says.
         seq_len: tokens in a row.
@@ -32,8 +33,10 @@ class TextData(L.LightningDataModule):
         held_out: share of the documents kept for validation and test, chosen by the hash of their names.
         seed: of the shuffling; by default what torch was seeded with.
         workers: processes that load batches.
+        tokenize_workers: processes that tokenise, where the tokens of these files are not in the cache; what they have
+            finished when a run is killed is not done again.
         cache_dir: where token shards are kept; by default the user's cache folder.
-        text_key: the key of the text in .jsonl lines.
+        text_key: the key of the text in .jsonl lines, or the column of a table's.
         packing: `cut` cuts the documents, end to end, into rows; `packed` places whole documents into rows, first fit,
             and cuts only those longer than a row.
     """
@@ -48,6 +51,7 @@ class TextData(L.LightningDataModule):
         held_out: float = 0.02,
         seed: int | None = None,
         workers: int = 0,
+        tokenize_workers: int = 1,
         cache_dir: str | None = None,
         text_key: str = "text",
         packing: str = "cut",
@@ -56,6 +60,7 @@ class TextData(L.LightningDataModule):
         _check_range("seq_len", seq_len, 1, 1 << 24)
         _check_range("batch_size", batch_size, 1, 1 << 20)
         _check_range("workers", workers, 0, 1024)
+        _check_range("tokenize_workers", tokenize_workers, 1, 1024)
         _check_range("seed", 0 if seed is None else seed, 0, (1 << 63) - 1)
         if path == "":
             raise ValueError("data.path is empty: give a folder or a file of text")
@@ -68,7 +73,7 @@ class TextData(L.LightningDataModule):
         self.text_key, self.packing = text_key, packing
         self.path, self.pattern, self.tokenizer = path, pattern, tokenizer
         self.seq_len, self.batch_size, self.held_out = seq_len, batch_size, held_out
-        self.seed, self.workers = seed, workers
+        self.seed, self.workers, self.tokenize_workers = seed, workers, tokenize_workers
         self.cache = Path(cache_dir) if cache_dir else _user_cache()
         self.shards: dict[str, Shard] = {}
         self.text_tokenizer: Tokenizer | None = None
@@ -92,7 +97,9 @@ class TextData(L.LightningDataModule):
         if model is not None:
             check_fits(self.text_tokenizer, model.spec.model.vocab_size)
         files = standard_library() if self.path is None else list_files(Path(self.path), self.pattern)
-        self.shards = shards(files, self.text_tokenizer, self.held_out, self.cache, self.text_key)
+        self.shards = shards(
+            files, self.text_tokenizer, self.held_out, self.cache, self.text_key, self.tokenize_workers
+        )
 
     def _contract(self, stacks: ByteTokenizer | HFTokenizer | None) -> ByteTokenizer | HFTokenizer:
         """The stack's contract, with another file if one is given. Raises ValueError where the stack speaks bytes."""

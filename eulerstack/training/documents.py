@@ -1,10 +1,15 @@
-"""Files to documents: a text file is one, and so is each line of a .jsonl file."""
+"""Files to documents: a text file is one, and so is each line of a .jsonl file, and each row of a table."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ..tokens import Tokenizer, document_ids
+from .tables import TABLES, table_pieces, table_rows
+
+Some = TypeVar("Some")
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,74 @@ class Document:
         return [*given, *ids[int(tokenizer.begins) :]], len(given)
 
 
-def read(files: list[TextFile], text_key: str) -> tuple[list[Document], list[str]]:
-    """The documents of all files, and a sentence for each file with lines that were skipped."""
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that is read at once: from `begin` to `end`, whose first line or row has the number `first`.
+
+    In bytes of a .jsonl file, and in row groups of Parquet or rows of Arrow; `size` is how many bytes it has, or about.
+    """
+
+    file: TextFile
+    begin: int
+    end: int
+    first: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A piece's documents; what is wrong with the first line or row that is none, and how many such there are."""
+
+    documents: list[Document]
+    bad: int = 0
+    first_bad: str = ""
+
+
+def pieces(file: TextFile, size: int) -> list[Piece]:
+    """The file in pieces of about `size` bytes, by what it holds. Raises ValueError for a damaged table."""
+    if file.path.suffix in TABLES:
+        return [Piece(file, *place) for place in table_pieces(file.path, size)]
+    if file.path.suffix == ".jsonl":
+        return list(_line_pieces(file, size))
+    length = file.path.stat().st_size
+    return [Piece(file, 0, length, 1, length)]
+
+
+def read(piece: Piece, text_key: str) -> Found:
+    """The documents of a piece. Raises ValueError for text that is no UTF-8."""
+    name = piece.file.name
+    if piece.file.path.suffix in TABLES:
+        rows = table_rows(piece.file.path, piece.begin, piece.end, (text_key, "prompt", "completion"))
+        return _found(enumerate(rows, piece.first), lambda n, row: _of(f"{name}:{n}", row, text_key), "row")
+    if piece.file.path.suffix == ".jsonl":
+        lines = enumerate(_lines(piece), piece.first)
+        full = ((number, line) for number, line in lines if line.strip())
+        return _found(full, lambda n, line: _of(f"{name}:{n}", _object(line), text_key), "line")
+    return Found([Document(name, _text(piece.file))])
+
+
+def _found(numbered: Iterable[tuple[int, Some]], made: Callable[[int, Some], Document], word: str) -> Found:
     documents: list[Document] = []
-    skipped: list[str] = []
-    for file in files:
-        if file.path.suffix == ".jsonl":
-            found, sentence = _lines(file, text_key)
-            documents += found
-            skipped += sentence
-        else:
-            documents.append(Document(file.name, _text(file)))
-    return documents, skipped
+    bad: list[str] = []
+    for number, one in numbered:
+        try:
+            documents.append(made(number, one))
+        except ValueError as error:
+            bad.append(f"{word} {number}: {error}")
+    return Found(documents, len(bad), bad[0] if bad else "")
+
+
+def skipped(file: TextFile, count: int, bad: int, first_bad: str, text_key: str) -> list[str]:
+    """A sentence on a file's lines or rows that are no documents. Raises ValueError where none is one."""
+    word = "row" if file.path.suffix in TABLES else "line"
+    if not count:
+        first = f"; first at {first_bad}" if bad else ""
+        keys = "give it columns" if word == "row" else "write an object a line,"
+        raise ValueError(
+            f"{file.path} has no {word} to train on{first}; "
+            f'{keys} {{"{text_key}": "..."}} or {{"prompt": "...", "completion": "..."}}'
+        )
+    return [f"skipped {bad:,} of {count + bad:,} {word}s of {file.path}: first at {first_bad}"] if bad else []
 
 
 def _text(file: TextFile) -> str:
@@ -57,33 +118,24 @@ def _text(file: TextFile) -> str:
     return text
 
 
-def _lines(file: TextFile, text_key: str) -> tuple[list[Document], list[str]]:
-    """A .jsonl file's documents, and a sentence on the lines that are none. Blank lines count for nothing.
-
-    Raises ValueError where no line can be used.
-    """
-    documents: list[Document] = []
-    bad: list[str] = []
-    for number, line in enumerate(file.path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(_document(f"{file.name}:{number}", line, text_key))
-        except ValueError as error:
-            bad.append(f"line {number}: {error}")
-    if not documents:
-        first = f"; first at {bad[0]}" if bad else ""
-        raise ValueError(
-            f"{file.path} has no line to train on{first}; "
-            f'write an object a line, {{"{text_key}": "..."}} or {{"prompt": "...", "completion": "..."}}'
-        )
-    total = len(documents) + len(bad)
-    return documents, [f"skipped {len(bad):,} of {total:,} lines of {file.path}: first at {bad[0]}"] if bad else []
+def _line_pieces(file: TextFile, size: int) -> Iterator[Piece]:
+    """Whole lines, and the number of each piece's first."""
+    begin, first = 0, 1
+    with file.path.open("rb") as data:
+        while some := data.read(size):
+            some += data.readline()
+            yield Piece(file, begin, begin + len(some), first, len(some))
+            begin, first = begin + len(some), first + some.count(b"\n")
 
 
-def _document(name: str, line: bytes, text_key: str) -> Document:
-    """Raises ValueError that says what is wrong with the line."""
-    found = _object(line)
+def _lines(piece: Piece) -> list[bytes]:
+    with piece.file.path.open("rb") as data:
+        data.seek(piece.begin)
+        return data.read(piece.end - piece.begin).split(b"\n")
+
+
+def _of(name: str, found: dict[str, object], text_key: str) -> Document:
+    """Raises ValueError that says what is wrong with the line or row."""
     if text_key in found:
         return Document(name, _string(found, text_key))
     if "prompt" in found and "completion" in found:

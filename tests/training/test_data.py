@@ -9,6 +9,8 @@ import torch
 import eulerstack as es
 from eulerstack.tokens import Bytes
 from eulerstack.training import corpus as module
+from eulerstack.training.merging import yardsticks
+from eulerstack.training.splits import is_held, with_both
 
 from ..inference.test_generate import word_tokenizer
 
@@ -25,11 +27,16 @@ def test_files_are_sorted_listed_hashed_and_split_by_file(corpus: Path) -> None:
     files = module.list_files(corpus)
     assert [f.name for f in files] == sorted(f.name for f in files)
     assert len(files) == 20
-    parts = module.split_by_name(files, 0.3)
-    assert {f.name for f in parts["train"]} | {f.name for f in parts["held_out"]} == {f.name for f in files}
-    assert not {f.name for f in parts["train"]} & {f.name for f in parts["held_out"]}
-    fewer = module.split_by_name(files[:10] + files[11:], 0.3)  # taking a file away moves no other
-    assert {f.name for f in fewer["held_out"]} == {f.name for f in parts["held_out"]} - {files[10].name}
+    held = {f.name for f in files if is_held(f.name, 0.3)}
+    assert 0 < len(held) < 20
+    made = data(corpus, held_out=0.3)
+    assert [len(made.shards[name].starts) for name in ("train", "held_out")] == [20 - len(held), len(held)]
+
+
+def test_there_is_something_of_both() -> None:
+    assert with_both(np.array([False, False])).tolist() == [False, True]
+    assert with_both(np.array([True, True])).tolist() == [False, True]
+    assert with_both(np.array([True, False, False])).tolist() == [True, False, False]
 
 
 def test_every_token_of_every_document_is_a_target_once(corpus: Path) -> None:
@@ -37,7 +44,9 @@ def test_every_token_of_every_document_is_a_target_once(corpus: Path) -> None:
     texts = {f.name: f.path.read_bytes() for f in module.list_files(corpus)}
     for loader in (made.val_dataloader(),):
         targets = np.concatenate([b.targets[b.targets >= 0].numpy() for b in loader])
-        held = module.split_by_name(module.list_files(corpus), 0.02)["held_out"]
+        files = module.list_files(corpus)
+        chosen = with_both(np.array([is_held(f.name, 0.02) for f in files]))
+        held = [f for f, one in zip(files, chosen, strict=True) if one]
         wanted = b"".join(texts[f.name][1:] for f in held)
         assert bytes(targets.astype(np.uint8)) == wanted
         inputs = [
@@ -121,7 +130,7 @@ def test_the_embedded_corpus_is_always_there() -> None:
     assert len(files) > 300
     assert all(f.path.suffix == ".py" for f in files)
     assert not any("/test" in f"/{f.name}" for f in files)
-    marks = module.yardsticks(b"".join(f.path.read_bytes() for f in files[:40]))
+    marks = yardsticks(f.path.read_bytes() for f in files[:40])
     assert 4 < marks["unigram entropy"] < 5
     assert 1.5 < marks["gzip -9"] < 3
 
