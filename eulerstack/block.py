@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from .kernels.provider import Target
 from .layers.channels import ffn_flops, init_ffn, make_ffn, split_ffn
 from .layers.init import draw_normal
 from .layers.moe import MoE, Routing
 from .layers.norm import Norm, make_norm
+from .layers.selective import kept_products
 from .layers.serve import serve
 from .layers.share import WHOLE, Share, Split
 from .mixers import Mixer, in_chunks, make_mixer
@@ -52,8 +53,11 @@ class Block(nn.Module):
         self.choices = dict.fromkeys((*self.mixer.choices, *serve(self, target)))
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
-        if self.checkpointing == "block" and self.training and torch.is_grad_enabled():
-            y: tuple[Tensor, Routing | None] = checkpoint(self._forward, x, segments, use_reentrant=False)
+        if self.checkpointing != "none" and self.training and torch.is_grad_enabled():
+            again = kept_products if self.checkpointing == "selective" else noop_context_fn
+            y: tuple[Tensor, Routing | None] = checkpoint(
+                self._forward, x, segments, use_reentrant=False, context_fn=again
+            )
             return y
         return self._forward(x, segments)
 

@@ -24,7 +24,7 @@ from .block import Block
 from .groups import to_muon
 from .model import Stack, build
 from .segments import Segments
-from .spec import LayerSpec, StackSpec, with_hints
+from .spec import Checkpointing, LayerSpec, StackSpec, with_hints
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
@@ -62,6 +62,7 @@ class Part:
     """A part of a step: its weights, and bytes on top of what is alive before it.
 
     kept: after its forward, with its output. forward, backward: the most during each, gradients of weights included.
+    products, again: `kept` and `backward` where the products are kept and the rest is computed again.
     """
 
     weights: int
@@ -69,10 +70,16 @@ class Part:
     kept: int
     forward: int
     backward: int
+    products: int
+    again: int
 
-    def checkpointed(self) -> "Part":
-        """Keeps its output alone, and runs again before its backward, beside the gradient that came in."""
-        return replace(self, kept=self.output, backward=max(self.forward + self.output, self.backward))
+    def under(self, policy: Checkpointing) -> "Part":
+        """As it is checkpointed: by `block` it keeps its output, and runs again beside the gradient that came in."""
+        if policy == "selective":
+            return replace(self, kept=self.products, backward=self.again)
+        if policy == "block":
+            return replace(self, kept=self.output, backward=max(self.forward + self.output, self.backward))
+        return self
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,9 @@ class Step:
     shared: int
     optimizer: int
 
-    def memory(self, checkpointed: bool = False) -> TrainingMemory:
-        """At the peak, with `checkpointed` layers or without."""
-        layers = tuple(layer.checkpointed() for layer in self.layers) if checkpointed else self.layers
+    def memory(self, policy: Checkpointing = "none") -> TrainingMemory:
+        """At the peak, with layers checkpointed by `policy`."""
+        layers = tuple(layer.under(policy) for layer in self.layers)
         weights = self.ends.weights + sum(layer.weights for layer in layers)
         before = list(accumulate((layer.kept for layer in layers), initial=self.shared + self.embedded))
         gradients = list(accumulate((layer.weights for layer in reversed(layers)), initial=self.ends.weights))
@@ -189,7 +196,11 @@ def _measured(block: Block, x: Tensor, alive: "Alive") -> tuple[Part, int]:
     before = alive.now
     _outputs(block, x, segments)
     shared = alive.now - before
-    return _part(block, alive, lambda: _outputs(block, x, segments)), shared
+    block.checkpointing = "selective"
+    again = _part(block, alive, lambda: _outputs(block, x, segments))
+    block.checkpointing = "none"
+    part = _part(block, alive, lambda: _outputs(block, x, segments))
+    return replace(part, products=again.kept, again=again.backward), shared
 
 
 def _optimizer(stack: Stack) -> int:
@@ -215,7 +226,7 @@ def _part(module: nn.Module, alive: "Alive", run: Any) -> Part:
     backward = alive.most - before
     for weight in module.parameters():
         weight.grad = None
-    return Part(_weights(module), _bytes(outputs[0]), kept, forward, backward)
+    return Part(_weights(module), _bytes(outputs[0]), kept, forward, backward, kept, backward)
 
 
 def _weights(module: nn.Module) -> int:

@@ -46,8 +46,8 @@ def peak(seen: profile) -> int:
 
 
 def check(spec: es.StackSpec, batch: int, tokens: int) -> None:
-    checkpointed = spec.training_hints.checkpointing == "block"
-    counted, seen = count_step(spec, batch, tokens).memory(checkpointed).total, measured(spec, batch, tokens)
+    policy = spec.training_hints.checkpointing
+    counted, seen = count_step(spec, batch, tokens).memory(policy).total, measured(spec, batch, tokens)
     assert abs(counted / seen - 1) < 0.15, f"{spec.model.name}: counted {counted:,}, seen {seen:,}"
 
 
@@ -64,6 +64,15 @@ def test_at_any_batch_and_length(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("hints", [{"checkpointing": "block"}, {"optimizer": "hybrid"}, {"optimizer": "muon"}])
 def test_with_checkpointing_and_other_optimizers(hints: dict[str, str]) -> None:
     check(with_hints(es.load("arch_expert_research_mini"), hints), 4, 256)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_products_that_are_kept(name: str) -> None:
+    """Between what keeps all and what keeps a layer's output."""
+    check(with_hints(es.load(name), {"checkpointing": "selective"}), 4, 256)
+    step = count_step(es.load(name), 4, 256)
+    least, between, most = (step.memory(policy).total for policy in ("block", "selective", "none"))
+    assert least < between < most
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "hybrid"])

@@ -12,11 +12,12 @@ from ..costs import Estimate
 from ..costs import estimate as count
 from ..devices import USABLE, Device, find
 from ..memory import Precision, Step, TrainingMemory, count_step, grown
-from ..spec import StackSpec, load
+from ..spec import Checkpointing, StackSpec, load
 from .twin import match as solve
 from .words import in_bytes, short
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+POLICIES: tuple[Checkpointing, ...] = get_args(Checkpointing)
 
 
 def estimate(
@@ -42,7 +43,7 @@ def figures(spec: StackSpec, batch: int, tokens: int, device: str | None, precis
         raise ValueError(f"--precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     card, cost = None if device is None else find(device), count(spec)
     step = count_step(spec, batch, tokens, precision, "cpu" if card is None else "cuda")
-    policies = {"none": _parts(step.memory()), "block": _parts(step.memory(checkpointed=True))}
+    policies = {policy: _parts(step.memory(policy)) for policy in POLICIES}
     forward, training = cost.flops(tokens), 3 * cost.stack.flops(tokens, training=True)
     found = {
         "name": spec.model.name,
@@ -72,10 +73,10 @@ def _parts(memory: TrainingMemory) -> dict[str, int]:
 
 def _fit(card: Device, found: dict[str, Any], cost: Estimate, step: Step, more: Step) -> dict[str, Any]:
     """What the device holds; `more` is the step of one row more."""
-    room, again = round(card.memory * USABLE), found["checkpointing"] == "block"
+    room, policy = round(card.memory * USABLE), found["checkpointing"]
 
     def trains(rows: int) -> int:
-        return grown(step, more, rows - found["batch"]).memory(again).total
+        return grown(step, more, rows - found["batch"]).memory(policy).total
 
     state, left = cost.state_bytes(1, found["tokens"])["total"], room - found["weight_bytes"]
     return {
@@ -104,9 +105,9 @@ def _table(found: dict[str, Any]) -> Table:
     policy = found["checkpointing"]
     for part, size in found["training_memory"][policy].items():
         row(f"training bytes, {part}", size, in_bytes)
-    other = "none" if policy == "block" else "block"
-    for part in ("activations", "total"):
-        row(f"{part} with checkpointing {other}", found["training_memory"][other][part], in_bytes)
+    for other in (name for name in POLICIES if name != policy):
+        for part in ("activations", "total"):
+            row(f"{part} with checkpointing {other}", found["training_memory"][other][part], in_bytes)
     table.add_section()
     row("inference bytes, weights", found["weight_bytes"], in_bytes)
     for kind, size in found["state_bytes"].items():

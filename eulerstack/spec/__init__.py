@@ -30,12 +30,13 @@ from .stack import (
     RopeScalingSpec,
     StackSpec,
 )
-from .training import GroupSpec, MuonSpec, TrainingHints
+from .training import Checkpointing, GroupSpec, MuonSpec, TrainingHints
 
 __all__ = [
     "AttentionSpec",
     "BranchedSpec",
     "ByteTokenizer",
+    "Checkpointing",
     "EmbeddingSpec",
     "ExtensionSpec",
     "FFNSpec",

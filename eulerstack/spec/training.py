@@ -10,6 +10,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, le=10)]
 Multiplier = Annotated[float, Field(ge=0, le=1000)]
+Checkpointing = Literal["none", "selective", "block"]
 
 
 class MuonSpec(Block):
@@ -47,8 +48,9 @@ class TrainingHints(Block):
     """mixer draws weights as each mixer's paper does, normal draws linear weights from N(0, 0.02)."""
     dropout: Beta = 0.0
     """Share of what each sublayer adds to the residual stream that training drops."""
-    checkpointing: Literal["none", "block"] = "none"
-    """block computes each layer again in the backward instead of keeping its activations."""
+    checkpointing: Checkpointing = "none"
+    """What layers compute again in the backward instead of keeping it: block all, selective all but products by weights
+    and attention."""
     router_aux_loss_coef: Annotated[float, Field(ge=0, le=100)] = 0.01
     """Weight of the load-balancing loss of experts without a load_balance_coef of their own."""
     optimizer: Literal["adamw", "hybrid", "muon"] = "adamw"

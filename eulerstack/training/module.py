@@ -34,7 +34,8 @@ class StackModule(L.LightningModule):
         init: `mixer` draws each mixer's weights as its paper does, `normal` linear weights from N(0, 0.02). This and
             all below but the last two are the spec's training_hints unless given.
         dropout: share of what each sublayer adds to the residual stream.
-        checkpointing: `block` computes each layer again in the backward, for less memory; `none` does not.
+        checkpointing: `block` computes each layer again in the backward, for less memory, `selective` all but products
+            by weights and attention; `none` nothing.
         router_aux_loss_coef: load_balance_coef of each mixture of experts without its own.
         optimizer: `adamw`, `hybrid` (Muon for the hidden matrices) or `muon` (for every matrix).
         lr_peak: AdamW's learning rate after warm-up.
