@@ -123,6 +123,11 @@ def _unfit(place: Path, error: Exception) -> ValueError:
 
 def read_run(file: Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """What a run's resume/*.ckpt holds. Raises ValueError for a file that is damaged, or no such checkpoint."""
+    if file.is_dir():
+        raise ValueError(
+            f"{file} is the directory of a run that was sharded; resume it with --trainer.strategy fsdp2, on any number of "
+            "devices, or start a new run from its checkpoint/"
+        )
     with file.open("rb") as data:
         try:
             found: dict[str, Any] = torch.load(data, map_location=map_location, weights_only=weights_only)

@@ -40,8 +40,8 @@ def next_token_loss(
         parts = zip(rows.split(size), targets.split(size), strict=True)
         sums = torch.stack([_again(part, wanted, score, with_z) for part, wanted in parts]).sum(0)
     count = average((targets != IGNORED).sum())
-    mean = sums / (count + (count == 0))
-    return mean[0], mean[1]
+    count = count + (count == 0)
+    return sums[0] / count, sums[1] / count
 
 
 def _again(rows: Tensor, targets: Tensor, score: Score, with_z: bool) -> Tensor:

@@ -131,6 +131,7 @@ def run(verb: str, arguments: list[str]) -> None:
     """One verb of the command line; raises ValueError for what cannot be trained or measured."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and hardware tables; warnings still come
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # that its collectives could be fewer
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from eulerstack.spec import from_data
-from eulerstack.training.data import Batch, collate
+from eulerstack.training.batches import Batch, collate
 from eulerstack.training.module import StackModule
 from eulerstack.training.strategy import FSDP2
 from tests.training.conftest import QUIET

@@ -1,4 +1,4 @@
-"""A run that writes down which rows it reads, on one or two processes: what test_ranks.py starts."""
+"""A run that writes down which rows it reads, on one or two processes: what test_shared_batches.py starts."""
 
 import json
 import sys

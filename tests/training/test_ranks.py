@@ -183,11 +183,8 @@ def test_a_run_of_two_ranks_goes_on_as_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["hybrid", "muon"])
 def test_muon_over_ranks(optimizer: str, tmp_path: Path) -> None:
-    case = {
-        "spec": stack("mamba2", "gated_retnet", "attention"),
-        "strategy": "auto",
-        "options": {"optimizer": optimizer},
-    }
+    three, options = stack("mamba2", "gated_retnet", "attention"), {"optimizer": optimizer}
+    case = {"spec": three, "strategy": "auto", "options": options, "steps": 1}
     one = launched(tmp_path / "one", [{**case, "name": "one"}], 1)["one"]
     for found in launched(tmp_path / "two", [{**case, **way, "name": name} for name, way in WAYS.items()], 2).values():
         same(one, found, 2e-2)  # Muon makes its steps orthogonal in bfloat16
