@@ -155,5 +155,5 @@ def run(verb: str, arguments: list[str]) -> None:
 def _report(trainer: L.Trainer, data: TextData) -> None:
     bits = float(trainer.callback_metrics["held_out_bits_per_byte"])
     print(f"held-out bits per byte: {bits:.3f}")
-    for name, value in data.shards["held_out"].yardsticks.items():
+    for name, value in data.yardsticks.items():
         print(f"  {name} of the same text: {value:.3f}")

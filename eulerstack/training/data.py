@@ -1,6 +1,7 @@
 """TextData: any text as batches of tokens, in an order that can be resumed to the bit."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from ..spec import ByteTokenizer, HFTokenizer
 from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .batches import Batch, Batches
-from .corpus import Shard, list_files, shards, standard_library
-from .order import InOrder, Order, Shuffled
-from .rows import PACKINGS, Together
+from .corpus import Shard, shards
+from .order import InOrder, Mixed, Order, Shuffled
+from .rows import PACKINGS, RowSet, Together
+from .sources import Source, sources_of
 
 __all__ = ["Batch", "Batches", "TextData"]
 
@@ -33,12 +35,15 @@ class TextData(L.LightningDataModule):
         held_out: share of the documents kept for validation and test, chosen by the hash of their names.
         seed: of the shuffling; by default what torch was seeded with.
         workers: processes that load batches.
-        tokenize_workers: processes that tokenise, where the tokens of these files are not in the cache; what they have
-            finished when a run is killed is not done again.
         cache_dir: where token shards are kept; by default the user's cache folder.
         text_key: the key of the text in .jsonl lines, or the column of a table's.
         packing: `cut` cuts the documents, end to end, into rows; `packed` places whole documents into rows, first fit,
             and cuts only those longer than a row.
+        tokenize_workers: processes that tokenise, where the tokens of these files are not in the cache; what they have
+            finished when a run is killed is not done again.
+        sources: instead of a path, a list of {path, weight} and, where they differ, pattern and text_key. Each gives
+            its share of the rows, evenly, and is read again in a new order whenever it ends; an epoch is as many rows
+            as all of them have. Held-out rows are those of all, once.
     """
 
     def __init__(
@@ -51,10 +56,11 @@ class TextData(L.LightningDataModule):
         held_out: float = 0.02,
         seed: int | None = None,
         workers: int = 0,
-        tokenize_workers: int = 1,
         cache_dir: str | None = None,
         text_key: str = "text",
         packing: str = "cut",
+        tokenize_workers: int = 1,
+        sources: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         _check_range("seq_len", seq_len, 1, 1 << 24)
@@ -70,12 +76,12 @@ class TextData(L.LightningDataModule):
             raise ValueError("data.text_key is empty: name the key of the text in .jsonl lines, such as text")
         if packing not in PACKINGS:
             raise ValueError(f"data.packing = {packing!r} must be one of {', '.join(PACKINGS)}")
-        self.text_key, self.packing = text_key, packing
-        self.path, self.pattern, self.tokenizer = path, pattern, tokenizer
+        self.sources = sources_of(sources, path, pattern, text_key)
+        self.packing, self.tokenizer = packing, tokenizer
         self.seq_len, self.batch_size, self.held_out = seq_len, batch_size, held_out
         self.seed, self.workers, self.tokenize_workers = seed, workers, tokenize_workers
         self.cache = Path(cache_dir) if cache_dir else _user_cache()
-        self.shards: dict[str, Shard] = {}
+        self.shards: list[dict[str, Shard]] = []  # of each source
         self.text_tokenizer: Tokenizer | None = None
         self._prepared = False
 
@@ -96,10 +102,20 @@ class TextData(L.LightningDataModule):
         self.text_tokenizer = tokenizer_of(contract, folder)
         if model is not None:
             check_fits(self.text_tokenizer, model.spec.model.vocab_size)
-        files = standard_library() if self.path is None else list_files(Path(self.path), self.pattern)
-        self.shards = shards(
-            files, self.text_tokenizer, self.held_out, self.cache, self.text_key, self.tokenize_workers
-        )
+        self.shards = [self._shards(source, self.text_tokenizer) for source in self.sources]
+
+    def _shards(self, source: Source, tokenizer: Tokenizer) -> dict[str, Shard]:
+        return shards(source.files(), tokenizer, self.held_out, self.cache, source.text_key, self.tokenize_workers)
+
+    @property
+    def yardsticks(self) -> dict[str, float]:
+        """Bits a byte of simpler models of the held-out text; of several sources, each source's, by its bytes."""
+        held = [one["held_out"] for one in self.shards]
+        sizes = [len(shard.tokens) * shard.bytes_per_token for shard in held]
+        return {
+            name: sum(size * shard.yardsticks[name] for size, shard in zip(sizes, held, strict=True)) / sum(sizes)
+            for name in held[0].yardsticks
+        }
 
     def _contract(self, stacks: ByteTokenizer | HFTokenizer | None) -> ByteTokenizer | HFTokenizer:
         """The stack's contract, with another file if one is given. Raises ValueError where the stack speaks bytes."""
@@ -118,29 +134,40 @@ class TextData(L.LightningDataModule):
         seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # a rank that was seeded apart would read other rows
-        rows = self._rows("train")
-        return self._batches("train", rows, Shuffled(len(rows), self.batch_size, seed, self._share()))
+        sets = self._sets("train")
+        sizes, shares = [len(one) for one in sets], [source.share for source in self.sources]
+        order: Order = Shuffled(sizes[0], self.batch_size, seed, self._share())
+        if len(sets) > 1:
+            order = Mixed(sizes, shares, self.batch_size, seed, self._share())
+        return self._batches("train", sets, order, shares)
 
     def val_dataloader(self) -> Batches:
-        rows = self._rows("held_out")
-        return self._batches("held_out", rows, InOrder(len(rows), self.batch_size, self._share()))
+        sets = self._sets("held_out")
+        sizes = [len(one) for one in sets]
+        order = InOrder(sum(sizes), self.batch_size, self._share())
+        return self._batches("held_out", sets, order, [Fraction(size, sum(sizes)) for size in sizes])
 
-    def _rows(self, split: str) -> Together:
-        return Together([PACKINGS[self.packing](self.shards[split], self.seq_len)])
+    def _sets(self, split: str) -> list[RowSet]:
+        return [PACKINGS[self.packing](one[split], self.seq_len) for one in self.shards]
 
     def _share(self) -> tuple[int, int]:
         """This process's rank among those that share each batch, and their number."""
         found = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (0, 1) if found is None else (int(found["rank"]), int(found["num_replicas"]))
 
-    def _batches(self, split: str, rows: Together, order: Order) -> Batches:
+    def _batches(self, split: str, sets: list[RowSet], order: Order, shares: list[Fraction]) -> Batches:
         """Checked against the stack here and not in `setup`: by now Lightning has built it, in its own dtype."""
         model = getattr(self.trainer, "lightning_module", None)
         if model is not None:
             _check_length(self.seq_len, model)
+        rows, mine = Together(sets), [one[split] for one in self.shards]
+        ratio = sum(float(share) * shard.bytes_per_token for share, shard in zip(shares, mine, strict=True))
         read = {"windows": len(rows), "batch_size": self.batch_size, "seq_len": self.seq_len, "packing": self.packing}
-        read["corpus"] = self.shards[split].name
-        return Batches(rows, order, self.seq_len, self.shards[split].bytes_per_token, self.workers, read)
+        if len(mine) == 1:
+            read["corpus"] = mine[0].name
+        else:
+            read["sources"] = [f"{share} of {shard.name}" for share, shard in zip(shares, mine, strict=True)]
+        return Batches(rows, order, self.seq_len, ratio, self.workers, read)
 
     def test_dataloader(self) -> Batches:
         return self.val_dataloader()

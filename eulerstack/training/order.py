@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -82,3 +83,58 @@ class Shuffled(Order):
             assert self.seed is not None
             self._drawn = (self.seed, epoch), np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         return self._drawn[1]
+
+
+class Mixed(Order):
+    """Sources in fixed shares of the rows, each through permutations of its own, one after the other.
+
+    Which source row n of the run is from is a function of n: after n rows each has given n times its share, to within
+    one. The permutation is a function of (seed, the source's epoch, the source). One epoch of the whole is as many
+    batches as all sources have rows for, however often each is read in it.
+
+    shares: add up to one.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        shares: list[Fraction],
+        batch_size: int,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        super().__init__(batch_size, seed, share)
+        self.sizes = sizes
+        self.begins = [sum(sizes[:which]) for which in range(len(sizes))]
+        self.of_rest = [one / sum(shares[which:]) for which, one in enumerate(shares)]
+        self._drawn: dict[int, tuple[tuple[int | None, int], npt.NDArray[np.int64]]] = {}
+
+    def __len__(self) -> int:
+        return max(1, sum(self.sizes) // self.batch_size)
+
+    def batch(self, at: int) -> list[int]:
+        return [self._row(*self.source(n)) for n in range(at * self.batch_size, (at + 1) * self.batch_size)]
+
+    def source(self, n: int) -> tuple[int, int]:
+        """Which source row n of the run is from, and how many that source gave before it.
+
+        The first source takes its share evenly, the second its share of what is left, and so on.
+        """
+        for which, share in enumerate(self.of_rest):
+            before = _rounded(n * share)
+            if _rounded((n + 1) * share) > before:
+                return which, before
+            n -= before
+        raise AssertionError("the last source takes all that is left")
+
+    def _row(self, which: int, nth: int) -> int:
+        epoch, at = divmod(nth, self.sizes[which])
+        if which not in self._drawn or self._drawn[which][0] != (self.seed, epoch):
+            assert self.seed is not None
+            drawn = np.random.default_rng((self.seed, epoch, which)).permutation(self.sizes[which])
+            self._drawn[which] = (self.seed, epoch), drawn
+        return self.begins[which] + int(self._drawn[which][1][at])
+
+
+def _rounded(number: Fraction) -> int:
+    return (2 * number.numerator + number.denominator) // (2 * number.denominator)

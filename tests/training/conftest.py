@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -66,5 +67,5 @@ def lightnings_own_warnings() -> Iterator[None]:
 
 def in_order(made: es.TextData, split: str) -> Batches:
     """All of a split's batches, from the first."""
-    rows = made._rows(split)
-    return made._batches(split, rows, InOrder(len(rows), made.batch_size))
+    sets = made._sets(split)
+    return made._batches(split, sets, InOrder(len(sets[0]), made.batch_size), [Fraction(1)])

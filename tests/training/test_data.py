@@ -30,7 +30,7 @@ def test_files_are_sorted_listed_hashed_and_split_by_file(corpus: Path) -> None:
     held = {f.name for f in files if is_held(f.name, 0.3)}
     assert 0 < len(held) < 20
     made = data(corpus, held_out=0.3)
-    assert [len(made.shards[name].starts) for name in ("train", "held_out")] == [20 - len(held), len(held)]
+    assert [len(made.shards[0][name].starts) for name in ("train", "held_out")] == [20 - len(held), len(held)]
 
 
 def test_there_is_something_of_both() -> None:
@@ -112,14 +112,14 @@ def test_shards_are_made_once_and_again_when_a_file_changes(corpus: Path) -> Non
 def test_one_file_is_split_in_two(corpus: Path) -> None:
     made = data(corpus / "00.txt", held_out=0.25)
     whole = (corpus / "00.txt").read_bytes()
-    tokens = np.concatenate([made.shards["train"].tokens, made.shards["held_out"].tokens])
+    tokens = np.concatenate([made.shards[0]["train"].tokens, made.shards[0]["held_out"].tokens])
     assert bytes(tokens) == whole
-    assert abs(len(made.shards["held_out"].tokens) / len(whole) - 0.25) < 0.02
+    assert abs(len(made.shards[0]["held_out"].tokens) / len(whole) - 0.25) < 0.02
 
 
 def test_a_hugging_face_tokenizer_file(corpus: Path, tmp_path: Path) -> None:
     made = data(corpus, tokenizer=str(word_tokenizer(tmp_path)))
-    shard = made.shards["train"]
+    shard = made.shards[0]["train"]
     assert shard.tokens.dtype == np.uint8
     assert shard.bytes_per_token > 1
     assert int(shard.tokens.max()) <= 5

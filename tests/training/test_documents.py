@@ -49,7 +49,7 @@ def ragged(folder: Path, key: str = "text") -> Path:
 
 
 def documents(made: es.TextData, split: str) -> list[bytes]:
-    shard = made.shards[split]
+    shard = made.shards[0][split]
     return [bytes(part) for part in np.split(shard.tokens, shard.starts[1:])]
 
 
@@ -64,8 +64,8 @@ def test_lines_and_text_files_in_one_folder(corpus: Path) -> None:
     before = data(corpus)
     ragged(corpus)
     after = data(corpus)
-    count = sum(len(shard.starts) for shard in before.shards.values())
-    assert sum(len(shard.starts) for shard in after.shards.values()) == count + 40
+    count = sum(len(shard.starts) for shard in before.shards[0].values())
+    assert sum(len(shard.starts) for shard in after.shards[0].values()) == count + 40
 
 
 def test_bad_lines_are_counted_and_said_once_a_run(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_bad_lines_are_counted_and_said_once_a_run(tmp_path: Path) -> None:
             UserWarning, match=r"skipped 5 of 7 lines of .*lines\.jsonl: first at line 3: it is no JSON$"
         ):
             made = data(file)
-    assert sum(len(shard.starts) for shard in made.shards.values()) == 2
+    assert sum(len(shard.starts) for shard in made.shards[0].values()) == 2
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_prompts_tokens_are_no_targets(tmp_path: Path, packing: str) -> None:
             learned += int((batch.targets == ord("=")).sum())
     # without a prompt, the first token has nothing before it
     assert learned == sum(len(p["completion"]) - (not p["prompt"]) for p in pairs)
-    assert made.shards["train"].bytes_per_token == 1.0
+    assert made.shards[0]["train"].bytes_per_token == 1.0
 
 
 def test_pieces_hold_every_target_once_and_rows_hold_what_fits() -> None:
