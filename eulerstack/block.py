@@ -93,6 +93,12 @@ class Block(nn.Module):
 
         return in_chunks(part, x, state, segments, self._span(x))
 
+    def continued(self, x: Tensor, state: LayerState, segments: Segments) -> tuple[Tensor, LayerState, Routing | None]:
+        """The chunkwise form in training: with what it drops, and how a mixture of experts routed."""
+        y, after, routing = self._run(x, segments, lambda h: self.mixer.chunkwise(h, state, segments), self._drop)
+        assert after is not None
+        return y, after, routing
+
     def recurrent(self, x: Tensor, state: LayerState, segments: Segments) -> tuple[Tensor, LayerState]:
         y, after, _ = self._run(x, segments, lambda h: self.mixer.recurrent(h, state, segments))
         assert after is not None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -139,13 +140,49 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         placed = self._placed(tokens, segments, training=True)
         x, routings = self._sequence(tokens, placed, Block.__call__)
-        z_loss = self.spec.training_hints.z_loss
-        entropy, z = self._loss(self.norm(x), targets, average, with_z=z_loss > 0)
-        parts = {"cross_entropy": entropy} | ({"z": z_loss * z} if z_loss else {})
+        parts = self._scores(x, targets, average)
         if self.spec.head.mtp is not None:
             parts["multi_token"] = self.spec.head.mtp.train_loss_weight * self._ahead(
                 x, tokens, targets, placed, routings, average
             )
+        return self._total(parts, routings, average)
+
+    def losses_from(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: StackState,
+        segments: Segments | None = None,
+        average: Average = unchanged,
+    ) -> tuple[Tensor, dict[str, Tensor], StackState]:
+        """`losses` of rows that continue `state`, in the chunkwise form, and the state after them, without gradient.
+
+        Raises ValueError where its caches have no room for them. Nothing is checkpointed, and no module looks ahead.
+        """
+        routings: dict[int, Routing] = {}
+        index = count()
+
+        def form(block: Block, x: Tensor, before: LayerState, placed: Segments) -> tuple[Tensor, LayerState]:
+            x, after, routing = block.continued(x, before, placed)
+            here = next(index)
+            if routing is not None:
+                routings[here] = routing
+            return x, after
+
+        with self.local():
+            x, after = self._walked(tokens, state, segments, form)
+            loss, parts = self._total(self._scores(x, targets, average), routings, average)
+        return loss, parts, after.map(Tensor.detach)
+
+    def _scores(self, x: Tensor, targets: Tensor, average: Average) -> dict[str, Tensor]:
+        z_loss = self.spec.training_hints.z_loss
+        entropy, z = self._loss(self.norm(x), targets, average, with_z=z_loss > 0)
+        return {"cross_entropy": entropy} | ({"z": z_loss * z} if z_loss else {})
+
+    def _total(
+        self, parts: dict[str, Tensor], routings: dict[int, Routing], average: Average
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the parts and of the routers' losses; beside them, the routers' loads."""
         parts |= self._router_losses(routings, average)
         loads = {f"router_load/{index}": routing.load for index, routing in routings.items()}
         return torch.stack(list(parts.values())).sum(), {**parts, **loads}
@@ -269,6 +306,17 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, StackState]:
         if tokens.shape[1] == 0:
             return self._logits(self._embedded(tokens)), state
+        x, after = self._walked(tokens, state, segments, form)
+        return self._logits(x if at is None else x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))), after
+
+    def _walked(
+        self,
+        tokens: Tensor,
+        state: StackState,
+        segments: Segments | None,
+        form: Callable[[Block, Tensor, LayerState, Segments], tuple[Tensor, LayerState]],
+    ) -> tuple[Tensor, StackState]:
+        """The residual stream after the last layer, and the state after the last token."""
         placed = (segments or Segments()).placed(state.length, tokens.shape[1], state.bound)
         bound = self.room(state, placed, tokens.shape[1])
         x, layers = self._embedded(tokens), []
@@ -277,8 +325,7 @@ class Stack(nn.Module):
             layers.append(after)
         length = placed.ends(state.length)
         reach = placed.furthest(state.reach, length)
-        x = x if at is None else x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
-        return self._logits(x), replace(state, layers=tuple(layers), length=length, reach=reach, bound=bound)
+        return x, replace(state, layers=tuple(layers), length=length, reach=reach, bound=bound)
 
     def room(self, state: StackState, segments: Segments, tokens: int) -> int:
         """The bound after `tokens` more, placed by `segments`; ValueError where the state has no room for them.

@@ -256,7 +256,7 @@ class StackState:
         Raises ValueError where the two were not made for the same max_tokens.
         """
         self._check_like(other, "join")
-        rows = iter(other._views().values())
+        rows = iter(other.tensors().values())
         return replace(self.map(lambda t: torch.cat([t, next(rows)])), bound=max(self.bound, other.bound))
 
     def snapshot(self) -> "StackState":
@@ -266,7 +266,7 @@ class StackState:
     def restore(self, snapshot: "StackState") -> "StackState":
         """The snapshot's values in this state's own memory; raises ValueError where the shapes differ."""
         with torch.no_grad():
-            for mine, theirs in zip(self._views().values(), snapshot._views().values(), strict=True):
+            for mine, theirs in zip(self.tensors().values(), snapshot.tensors().values(), strict=True):
                 if mine.shape != theirs.shape:
                     raise ValueError(
                         f"cannot restore: the state holds {tuple(mine.shape)}, the snapshot {tuple(theirs.shape)}"
@@ -285,7 +285,7 @@ class StackState:
         if other.batch != len(index):
             raise ValueError(f"cannot put a state of {other.batch} rows into {len(index)}: give a row for each")
         with torch.no_grad():
-            for mine, theirs in zip(self._views().values(), other._views().values(), strict=True):
+            for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
                 if len(index) == 1 and theirs.is_set_to(mine[int(index) : int(index) + 1]):
                     continue  # that very row, written in place
                 shared = theirs.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()  # rows of this state
@@ -373,7 +373,7 @@ class StackState:
 
     def _check_like(self, other: "StackState", act: str) -> None:
         """Raises ValueError unless rows of the two are alike."""
-        mine, theirs = ({name: t.shape[1:] for name, t in s._views().items()} for s in (self, other))
+        mine, theirs = ({name: t.shape[1:] for name, t in s.tensors().items()} for s in (self, other))
         for name in mine.keys() | theirs.keys():
             if mine.get(name) != theirs.get(name):
                 here, there = (s[name] and list(s[name]) if name in s else "nothing" for s in (mine, theirs))
@@ -382,7 +382,8 @@ class StackState:
                     f"init_state(max_tokens={self.max_tokens}, rollback={self.rollback_limit})"
                 )
 
-    def _views(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name: a layer's number with its own names, and `length` and `reach`."""
         return {**self._layers(), "length": self.length, "reach": self.reach}
 
     def _layers(self) -> dict[str, Tensor]:
@@ -411,7 +412,7 @@ class Snapshots:
     def take(self, state: StackState) -> None:
         """One more; the oldest goes where there are `keep`."""
         cropped = {f"{i}.{name}" for i, layer in enumerate(state.layers) for name in layer.croppable(self.span)}
-        self.kept.append({n: t.clone() for n, t in state._views().items() if n not in cropped and n != "reach"})
+        self.kept.append({n: t.clone() for n, t in state.tensors().items() if n not in cropped and n != "reach"})
 
     def begin(self, rows: Tensor) -> None:
         """These rows [n] begin a new document: no going back behind its start."""
@@ -442,7 +443,7 @@ class Snapshots:
             chosen = rows.reshape(-1, *[1] * (mine.dim() - 1))
             return torch.where(chosen, newest[name], mine) if name in newest else mine
 
-        values = iter([back(name, mine) for name, mine in state._views().items()])
+        values = iter([back(name, mine) for name, mine in state.tensors().items()])
         state = state.map(lambda _: next(values))
         return state.cropped(state.length)
 
@@ -512,7 +513,7 @@ class Saved:
         if state.batch != self.batch or (state.bounded and longest > state.max_tokens):
             here = f"there is room for {state.batch} of {state.max_tokens}"
             raise ValueError(f"{self.path} holds {self.batch} rows of up to {longest} tokens, and {here}")
-        for name, mine in state._views().items():
+        for name, mine in state.tensors().items():
             theirs = self.tensors[name]
             slots = slice(None) if mine.shape == theirs.shape else (slice(None), slice(longest))
             if mine[slots].shape != theirs[slots].shape or mine.dtype != theirs.dtype:

@@ -54,7 +54,7 @@ def test_logits_of_some_tokens_are_those_of_all_at_their_places(build_mini: Buil
     some, state = model.chunkwise(tokens, model.init_state(2, 64), at=places)
     close(some, wanted.gather(1, places[..., None].expand(-1, -1, 256)), 1e-12)
     assert some.shape == (2, len(at[0]), 256)
-    assert all(torch.equal(a, b) for a, b in zip(state._views().values(), whole._views().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors().values(), whole.tensors().values(), strict=True))
 
 
 def test_packed_documents_through_the_stack(build_mini: Build) -> None:

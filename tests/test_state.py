@@ -76,7 +76,7 @@ def test_rows_are_put_among_others(build_mini: Build) -> None:
         assert all(torch.equal(t[0], t[1]) for layer in moved.layers for t in layer.tensors().values())
         kept = moved.snapshot()
         same = moved.put([1], moved.map(lambda t: t[1:2]))  # the very row
-        assert all(torch.equal(a, b) for a, b in zip(same._views().values(), kept._views().values(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(same.tensors().values(), kept.tensors().values(), strict=True))
         for other in (model.init_state(1, 30), model.init_state(2, 40)):
             with pytest.raises(ValueError, match="cannot put"):
                 batch.put([0], other)

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 
 from ..spec import ByteTokenizer, HFTokenizer
 from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .batches import Batch, Batches
+from .carry import check_carries
 from .corpus import Shard, shards
-from .order import InOrder, Mixed, Order, Shuffled
-from .rows import PACKINGS, RowSet, Together
+from .order import InOrder, InStreams, Mixed, Order, Shuffled
+from .rows import PACKINGS, RowSet, Streamed, Together, Windows
 from .sources import Source, sources_of
 
 __all__ = ["Batch", "Batches", "TextData"]
@@ -44,6 +46,10 @@ class TextData(L.LightningDataModule):
         sources: instead of a path, a list of {path, weight} and, where they differ, pattern and text_key. Each gives
             its share of the rows, evenly, and is read again in a new order whenever it ends; an epoch is as many rows
             as all of them have. Held-out rows are those of all, once.
+        carry_state: train on documents longer than a row: each row of a batch goes on where that row of the batch
+            before ended, from the state after it, which gets no gradient (truncated backpropagation). A state ends
+            with its document. Rows are read in their order, each epoch from another place; those held out are read
+            apart, each from an empty state.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class TextData(L.LightningDataModule):
         packing: str = "cut",
         tokenize_workers: int = 1,
         sources: list[dict[str, Any]] | None = None,
+        carry_state: bool = False,
     ) -> None:
         super().__init__()
         _check_range("seq_len", seq_len, 1, 1 << 24)
@@ -77,6 +84,12 @@ class TextData(L.LightningDataModule):
         if packing not in PACKINGS:
             raise ValueError(f"data.packing = {packing!r} must be one of {', '.join(PACKINGS)}")
         self.sources = sources_of(sources, path, pattern, text_key)
+        if carry_state and (packing != "cut" or len(self.sources) > 1):
+            other = "data.sources" if len(self.sources) > 1 else f"data.packing = {packing}"
+            raise ValueError(
+                f"data.carry_state reads one text in its order, and not with {other}; leave one of them out"
+            )
+        self.carry_state = carry_state
         self.packing, self.tokenizer = packing, tokenizer
         self.seq_len, self.batch_size, self.held_out = seq_len, batch_size, held_out
         self.seed, self.workers, self.tokenize_workers = seed, workers, tokenize_workers
@@ -134,18 +147,30 @@ class TextData(L.LightningDataModule):
         seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # a rank that was seeded apart would read other rows
+        if self.carry_state:
+            return self._streams(seed)
         sets = self._sets("train")
         sizes, shares = [len(one) for one in sets], [source.share for source in self.sources]
         order: Order = Shuffled(sizes[0], self.batch_size, seed, self._share())
         if len(sets) > 1:
             order = Mixed(sizes, shares, self.batch_size, seed, self._share())
-        return self._batches("train", sets, order, shares)
+        return self._batches("train", Together(sets), order, shares)
+
+    def _streams(self, seed: int) -> Batches:
+        shard = self.shards[0]["train"]
+        rows = Streamed(Windows(shard, self.seq_len))
+        order = InStreams(len(rows), self.batch_size, seed, self._share())
+        longest = int(np.diff(shard.starts, append=len(shard.tokens)).max())
+        model = getattr(self.trainer, "lightning_module", None)
+        if model is not None:
+            check_carries(model, longest)
+        return self._batches("train", rows, order, [Fraction(1)], max(longest, self.seq_len))
 
     def val_dataloader(self) -> Batches:
         sets = self._sets("held_out")
         sizes = [len(one) for one in sets]
         order = InOrder(sum(sizes), self.batch_size, self._share())
-        return self._batches("held_out", sets, order, [Fraction(size, sum(sizes)) for size in sizes])
+        return self._batches("held_out", Together(sets), order, [Fraction(size, sum(sizes)) for size in sizes])
 
     def _sets(self, split: str) -> list[RowSet]:
         return [PACKINGS[self.packing](one[split], self.seq_len) for one in self.shards]
@@ -155,19 +180,23 @@ class TextData(L.LightningDataModule):
         found = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (0, 1) if found is None else (int(found["rank"]), int(found["num_replicas"]))
 
-    def _batches(self, split: str, sets: list[RowSet], order: Order, shares: list[Fraction]) -> Batches:
+    def _batches(
+        self, split: str, rows: Together | Streamed, order: Order, shares: list[Fraction], reach: int = 0
+    ) -> Batches:
         """Checked against the stack here and not in `setup`: by now Lightning has built it, in its own dtype."""
         model = getattr(self.trainer, "lightning_module", None)
         if model is not None:
             _check_length(self.seq_len, model)
-        rows, mine = Together(sets), [one[split] for one in self.shards]
+        mine = [one[split] for one in self.shards]
         ratio = sum(float(share) * shard.bytes_per_token for share, shard in zip(shares, mine, strict=True))
         read = {"windows": len(rows), "batch_size": self.batch_size, "seq_len": self.seq_len, "packing": self.packing}
         if len(mine) == 1:
             read["corpus"] = mine[0].name
         else:
             read["sources"] = [f"{share} of {shard.name}" for share, shard in zip(shares, mine, strict=True)]
-        return Batches(rows, order, self.seq_len, ratio, self.workers, read)
+        if reach:
+            read["carry_state"] = True
+        return Batches(rows, order, self.seq_len, ratio, self.workers, read, reach)
 
     def test_dataloader(self) -> Batches:
         return self.val_dataloader()

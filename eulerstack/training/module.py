@@ -21,6 +21,7 @@ from ..model import Stack, build, outline
 from ..segments import IGNORED
 from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, with_hints
 from ..stored import check_checkpoint
+from .carry import Carry
 from .data import Batch, TextData
 from .optim import make_optimizer, make_schedule
 from .sharded import shard
@@ -90,6 +91,7 @@ class StackModule(L.LightningModule):
         self._built: Stack | None = None
         self._seed = torch.initial_seed()
         self._loads: dict[int, Tensor] = {}
+        self._carry = Carry()
         if self.spec.training_hints.optimizer_groups:
             build(self.spec, "meta", kernels=kernels)  # refuses groups that match nothing before any data are read
 
@@ -175,7 +177,10 @@ class StackModule(L.LightningModule):
         torch.manual_seed((self._seed + own + self.trainer.fit_loop.total_batch_idx) % (1 << 63))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        loss, parts = self.model.losses(batch.tokens, batch.targets, batch.segments(), self._average)
+        if batch.reach:
+            loss, parts = self._carry.losses(self.model, batch, self._average, self.ranks)
+        else:
+            loss, parts = self.model.losses(batch.tokens, batch.targets, batch.segments(), self._average)
         self._note_routing(parts, batch.tokens.shape[0])
         total, entropy = self._average(torch.stack([loss.detach(), parts["cross_entropy"].detach()]))
         rows = batch.tokens.shape[0]
@@ -242,10 +247,12 @@ class StackModule(L.LightningModule):
         checkpoint["stack"] = dump(self.spec)
         checkpoint["router_loads"] = self._loads
         checkpoint["seed"] = self._seed
+        checkpoint["carried"] = self._carry.saved(self.ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the run to resume had another stack, or another recipe."""
         self._loads, self._seed = checkpoint["router_loads"], checkpoint["seed"]
+        self._carry.restore(checkpoint.get("carried"))
         self.check_same(checkpoint)
 
     def check_same(self, checkpoint: dict[str, Any]) -> None:

@@ -138,3 +138,30 @@ class Mixed(Order):
 
 def _rounded(number: Fraction) -> int:
     return (2 * number.numerator + number.denominator) // (2 * number.denominator)
+
+
+class InStreams(Order):
+    """Each of the B rows of a batch goes through a part of the rows of its own, in their order.
+
+    An epoch begins at a row that is a function of (seed, epoch) and goes round, so that no end is left out each time.
+    Row n is numbered n behind the one before it, and n + `rows` where an epoch begins.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
+        super().__init__(batch_size, seed, share)
+        self.rows = rows
+        if rows < batch_size:
+            raise ValueError(
+                f"data.carry_state needs a stretch of text for each of data.batch_size = {batch_size} rows, and the "
+                f"text has {rows} rows in all; give a smaller data.batch_size or data.seq_len"
+            )
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size
+
+    def batch(self, at: int) -> list[int]:
+        assert self.seed is not None
+        epoch, step = divmod(at, len(self))
+        begin = int(np.random.default_rng((self.seed, epoch)).integers(self.rows))
+        rows = [(begin + slot * len(self) + step) % self.rows for slot in range(self.batch_size)]
+        return [row if step else row + self.rows for row in rows]

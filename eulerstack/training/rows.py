@@ -1,7 +1,7 @@
 """Shards as rows of up to T + 1 tokens: cut end to end, or whole documents packed."""
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,15 @@ from torch.utils.data import Dataset
 from .corpus import Shard
 from .packing import first_fit, pieces
 
-Item = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
-"""A row: its tokens [up to T + 1], the documents that they belong to, and whether each may be a target."""
+
+class Item(NamedTuple):
+    """A row of up to T + 1 tokens. carries: whether it goes on where the row before it, in its place, ended."""
+
+    tokens: npt.NDArray[np.int64]
+    document: npt.NDArray[np.int64]
+    may: npt.NDArray[np.bool_]  # be a target
+    carries: bool = False
+
 
 NO_ROW = -1
 """The number of a row without a token: what fills the last batch where every rank needs as many."""
@@ -40,6 +47,25 @@ class Windows:
     def __getitem__(self, index: int) -> Item:
         start = index * self.seq_len
         return _item(self.shard, np.arange(start, min(start + self.seq_len + 1, len(self.shard.tokens))))
+
+
+class Streamed(Dataset[Item]):
+    """Windows that know whether they go on in the document of the window before them.
+
+    Number n is window n behind that one, and number n + W, of W windows, the same without anything before it.
+    """
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Item:
+        fresh, number = divmod(index, len(self))
+        start = number * self.windows.seq_len
+        before, own = self.windows.shard.document_at(np.array([start - 1, start])).tolist()
+        return self.windows[number]._replace(carries=not fresh and number > 0 and before == own)
 
 
 class Rows:
@@ -79,11 +105,11 @@ class Together(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         if index == NO_ROW:
-            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_)
+            return Item(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_))
         which = int(np.searchsorted(self.ends, index, side="right"))
         return self.sets[which][index - int(self.ends[which - 1] if which else 0)]
 
 
 def _item(shard: Shard, index: npt.NDArray[np.int64]) -> Item:
     """The tokens at these places of a shard."""
-    return np.asarray(shard.tokens[index]).astype(np.int64), shard.document_at(index), shard.counts_at(index)
+    return Item(np.asarray(shard.tokens[index]).astype(np.int64), shard.document_at(index), shard.counts_at(index))

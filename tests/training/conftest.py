@@ -11,6 +11,7 @@ import pytest
 import eulerstack as es
 from eulerstack.training.batches import Batches
 from eulerstack.training.order import InOrder
+from eulerstack.training.rows import Together
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -68,4 +69,4 @@ def lightnings_own_warnings() -> Iterator[None]:
 def in_order(made: es.TextData, split: str) -> Batches:
     """All of a split's batches, from the first."""
     sets = made._sets(split)
-    return made._batches(split, sets, InOrder(len(sets[0]), made.batch_size), [Fraction(1)])
+    return made._batches(split, Together(sets), InOrder(len(sets[0]), made.batch_size), [Fraction(1)])
