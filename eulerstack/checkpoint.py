@@ -125,8 +125,8 @@ def read_run(file: Path, map_location: Any = "cpu", weights_only: bool = True) -
     """What a run's resume/*.ckpt holds. Raises ValueError for a file that is damaged, or no such checkpoint."""
     if file.is_dir():
         raise ValueError(
-            f"{file} is the directory of a run that was sharded; resume it with --trainer.strategy fsdp2, on any number of "
-            "devices, or start a new run from its checkpoint/"
+            f"{file} is the directory of a run that was sharded; resume it with --trainer.strategy fsdp2, on any "
+            "number of devices, or start a new run from its checkpoint/"
         )
     with file.open("rb") as data:
         try:
