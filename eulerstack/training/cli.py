@@ -1,9 +1,10 @@
 """`eulerstack fit` and `eulerstack test`: Lightning's own command line over StackModule and TextData."""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
@@ -11,13 +12,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ..spec import hint_places, load
+from .background import InBackground
 from .callbacks import Export
 from .data import TextData
 from .diagnostics import Diagnostics
 from .keeping import KeepBest, WholeFiles
 from .module import StackModule
+from .preemption import Preempted, Preemption, signals_put_back
 from .settings import table
 from .strategy import FSDP2, forget, recover
 from .throughput import Throughput
@@ -30,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # `eulerstack explain` draws it
 }
 BAR_EVERY = 5
+LAST = Path("resume", "last.ckpt")
+"""In a run's folder: the state that `--ckpt_path last` goes on from."""
 
 
 class StackCLI(LightningCLI):
@@ -44,6 +50,8 @@ class StackCLI(LightningCLI):
         parser.add_argument(
             "--diagnose_every", type=int, default=100, help="Steps between logs of decays and states by layer; 0: none."
         )
+        text = "Write resume/last.ckpt beside the training: its steps wait for a copy in memory alone."
+        parser.add_argument("--async_save", type=bool, default=False, help=text)
         text = "Devices that split each layer between them; the other devices share batches. Needs strategy fsdp2."
         parser.add_argument("--tensor_parallel", type=int, default=1, help=text)
         text = "How many checkpoints to keep in best/: those with the lowest val_bits_per_byte."
@@ -81,16 +89,21 @@ class StackCLI(LightningCLI):
         callbacks: list[L.Callback] = []
         if config["enable_progress_bar"] is not False:
             callbacks.append(TQDMProgressBar(BAR_EVERY))
-        if fitting and config["enable_checkpointing"] is not False:
+        keeping = fitting and config["enable_checkpointing"] is not False
+        if keeping:
             callbacks.append(self._resume_point(root))
         if fitting:
-            callbacks += [Export(), *self._watchers()]
-        kwargs["plugins"] = _with_whole_files(config["plugins"])
+            callbacks += [Export(), *self._watchers(), Preemption(root / LAST if keeping else None)]
+        disk = InBackground() if self._get(self.config, "async_save") else WholeFiles()
+        kwargs["plugins"] = _with_checkpoints(config["plugins"], disk)
         if config["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(root, name="logs") if fitting else False
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         kwargs["strategy"] = self._strategy(config["strategy"])
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(disk, InBackground) and isinstance(trainer.strategy, FSDP2):
+            raise ValueError("--async_save does not write the sharded checkpoints of fsdp2; leave it out")
+        return trainer
 
     def _strategy(self, wanted: Any) -> Any:
         """The Trainer's, with the size of tensor-parallel groups."""
@@ -109,7 +122,7 @@ class StackCLI(LightningCLI):
 
     def _resume_point(self, root: Path) -> ModelCheckpoint:
         """resume/last.ckpt; one of an earlier run goes, unless this run resumes it."""
-        last, wanted = root / "resume" / "last.ckpt", self._get(self.config, "ckpt_path")
+        last, wanted = root / LAST, self._get(self.config, "ckpt_path")
         recover(last)
         if wanted is None:
             forget(last)
@@ -121,35 +134,60 @@ class StackCLI(LightningCLI):
         return ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
 
 
-def _with_whole_files(plugins: Any) -> list[Any]:
-    """The Trainer's plugins, and ours for checkpoints unless one of them is for these."""
+def _with_checkpoints(plugins: Any, disk: WholeFiles) -> list[Any]:
+    """The Trainer's plugins, and ours for checkpoints. Raises ValueError for two that write them."""
     given = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
-    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, WholeFiles()]
+    others = [plugin for plugin in given if isinstance(plugin, CheckpointIO)]
+    if others and isinstance(disk, InBackground):
+        raise ValueError(
+            f"--async_save writes checkpoints, and so does {type(others[0]).__name__}; leave one of them out"
+        )
+    return given if others else [*given, disk]
 
 
 def run(verb: str, arguments: list[str]) -> None:
-    """One verb of the command line; raises ValueError for what cannot be trained or measured."""
+    """One verb of the command line; raises ValueError for what cannot be trained or measured.
+
+    Raises SystemExit for a run that was told to stop.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and hardware tables; warnings still come
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # that its collectives could be fewer
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*deprecated.*")
+    warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf.*")  # torch.compile's
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     try:
-        cli = StackCLI(
-            StackModule,
-            TextData,
-            args=[verb, *arguments],
-            seed_everything_default=False,
-            trainer_defaults=DEFAULTS,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-        )
+        with signals_put_back():
+            cli = StackCLI(
+                StackModule,
+                TextData,
+                args=[verb, *arguments],
+                seed_everything_default=False,
+                trainer_defaults=DEFAULTS,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+            )
     except (MisconfigurationException, OSError) as error:
         raise ValueError(str(error)) from error
+    except Preempted as stopped:
+        _leave(stopped)
     if verb == "test":
         _report(cli.trainer, cli.datamodule)
+
+
+@rank_zero_only
+def _tell(sentence: object) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _leave(stopped: Preempted) -> NoReturn:
+    """Ends the process; its job is queued again if that was asked for."""
+    _tell(stopped)
+    if stopped.job is not None:
+        _tell(stopped.requeue())
+    raise SystemExit(stopped.exit_code)
 
 
 def _report(trainer: L.Trainer, data: TextData) -> None:

@@ -58,7 +58,8 @@ def diagnose(model: Stack, tokens: Tensor, document: Tensor | None = None) -> di
 
     hooks = [mixer.register_forward_pre_hook(note) for mixer in mixers]
     try:
-        model.eval()(tokens[:, :SPAN], None if document is None else Segments(document=document[:, :SPAN]))
+        with torch.compiler.set_stance("force_eager"):  # compiled layers do not look at hooks
+            model.eval()(tokens[:, :SPAN], None if document is None else Segments(document=document[:, :SPAN]))
     finally:
         model.train(was)
         for hook in hooks:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -22,6 +22,7 @@ from ..segments import IGNORED
 from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, with_hints
 from ..stored import check_checkpoint
 from .carry import Carry
+from .compiling import compile_blocks
 from .data import Batch, TextData
 from .optim import make_optimizer, make_schedule
 from .sharded import shard
@@ -33,7 +34,7 @@ class StackModule(L.LightningModule):
     Args:
         spec: a YAML file, a preset's name, a StackSpec, or a checkpoint directory, whose weights are loaded.
         init: `mixer` draws each mixer's weights as its paper does, `normal` linear weights from N(0, 0.02). This and
-            all below but the last two are the spec's training_hints unless given.
+            all below but the last three are the spec's training_hints unless given.
         dropout: share of what each sublayer adds to the residual stream.
         checkpointing: `block` computes each layer again in the backward, for less memory, `selective` all but products
             by weights and attention; `none` nothing.
@@ -52,6 +53,7 @@ class StackModule(L.LightningModule):
         lr_floor_ratio: the last learning rate, as a share of the peak.
         decay_steps_ratio: share of the steps that decay in `wsd`.
         kernels: provider of the mixers' kernels.
+        compile: compile each layer by torch.compile; on a CPU with kernels `torch`, and a C++ compiler.
         settings: KEY=VALUE each, changes of the spec's file before it is checked, as in `load`.
 
     Raises SpecError for values that the language refuses, and ValueError for groups that match nothing.
@@ -78,6 +80,7 @@ class StackModule(L.LightningModule):
         lr_floor_ratio: float | None = None,
         decay_steps_ratio: float | None = None,
         kernels: str = "auto",
+        compile: bool = False,  # noqa: A002 - the option's name
         settings: list[str] | None = None,
     ) -> None:
         given = {key: value for key, value in locals().items() if key in TrainingHints.model_fields}
@@ -87,7 +90,7 @@ class StackModule(L.LightningModule):
             self.changes["grad_clip"] = None
         spec, self.weights = _spec_and_weights(spec, settings or [])
         self.spec = with_hints(spec, self.changes)
-        self.kernels = kernels
+        self.kernels, self.compiled = kernels, compile
         self._built: Stack | None = None
         self._seed = torch.initial_seed()
         self._loads: dict[int, Tensor] = {}
@@ -127,13 +130,16 @@ class StackModule(L.LightningModule):
         if self._built is not None:
             return
         strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            self._built = self._sharded(strategy)
-            return
+        self._built = self._sharded(strategy) if isinstance(strategy, ModelParallelStrategy) else self._whole(strategy)
+        if self.compiled:
+            compile_blocks(self._built)
+
+    def _whole(self, strategy: Strategy | None) -> Stack:
         device = "cpu" if strategy is None else strategy.root_device
-        self._built = build(self.spec, device, torch.get_default_dtype(), self.kernels)
+        stack = build(self.spec, device, torch.get_default_dtype(), self.kernels)
         if self.weights is not None:
-            load_weights(self._built, self.weights)
+            load_weights(stack, self.weights)
+        return stack
 
     def _sharded(self, strategy: ModelParallelStrategy) -> Stack:
         """Under bf16-mixed the sharded matrices travel in bfloat16, and are kept in float32."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from eulerstack.spec import from_data
 from eulerstack.training.batches import Batch, collate
 from eulerstack.training.module import StackModule
+from eulerstack.training.rows import Item
 from eulerstack.training.strategy import FSDP2
 from tests.training.conftest import QUIET
 
@@ -46,7 +47,7 @@ class Rows:
             for _ in range(ROWS):
                 ids = rng.integers(0, self.vocab, TOKENS + 1)
                 document = np.sort(rng.integers(0, 4, TOKENS + 1))
-                items.append((ids, document, rng.random(TOKENS + 1) < 0.8))
+                items.append(Item(ids, document, rng.random(TOKENS + 1) < 0.8))
             yield collate(items[ranks.rank * each : (ranks.rank + 1) * each], TOKENS, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
