@@ -100,19 +100,16 @@ class StackCLI(LightningCLI):
             kwargs["logger"] = CSVLogger(root, name="logs") if fitting else False
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         kwargs["strategy"] = self._strategy(config["strategy"])
-        trainer = super().instantiate_trainer(**kwargs)
-        if isinstance(disk, InBackground) and isinstance(trainer.strategy, FSDP2):
-            raise ValueError("--async_save does not write the sharded checkpoints of fsdp2; leave it out")
-        return trainer
+        return super().instantiate_trainer(**kwargs)
 
     def _strategy(self, wanted: Any) -> Any:
-        """The Trainer's, with the size of tensor-parallel groups."""
+        """The Trainer's; fsdp2 with the options that are its own."""
         tensor = self._get(self.config, "tensor_parallel")
-        if tensor == 1:
-            return wanted
-        if wanted != "fsdp2":
+        if wanted == "fsdp2":
+            return FSDP2(tensor, self._get(self.config, "async_save"))
+        if tensor != 1:
             raise ValueError(f"--tensor_parallel {tensor} needs --trainer.strategy fsdp2")
-        return FSDP2(tensor)
+        return wanted
 
     def _watchers(self) -> list[L.Callback]:
         """What keeps the best stacks and what tells of the mixers, if they are asked for, and the clock."""

@@ -53,14 +53,12 @@ def shard(
     device: torch.device,
     fill: Fill | None = None,
     compute: torch.dtype | None = None,
-    prepare: Callable[[Block], None] | None = None,
 ) -> None:
     """Bring a stack from the meta device onto the ranks of a mesh, a layer at a time.
 
     Every rank draws the weights of all ranks, with the same seed those of a single device, and keeps its own.
     fill: what replaces the drawn weights. compute: the dtype of the sharded matrices in a layer's products; the ranks
-    keep them in their own. prepare: what is done to a layer before its weights are sharded, such as compiling it.
-    Raises ValueError for layers that cannot be split.
+    keep them in their own. Raises ValueError for layers that cannot be split.
     """
     sides, names = Sides.of(mesh), {module: name for name, module in stack.named_modules()}
     ends: list[Place] = []
@@ -72,7 +70,7 @@ def shard(
             fill(names[part], part)
         blocks = [module for module in part.modules() if isinstance(module, Block)]
         for block in blocks:
-            _shard_block(block, sides, compute, prepare)
+            _shard_block(block, sides, compute)
         layered = {p for block in blocks for p in block.parameters()}
         names_of_own = [name for name, p in part.named_parameters() if p not in layered]
         ends += [_placed(part, name, sides, None, added_up=False) for name in names_of_own]
@@ -81,9 +79,7 @@ def shard(
     register_fsdp_forward_method(stack, "losses")
 
 
-def _shard_block(
-    block: Block, sides: Sides, compute: torch.dtype | None, prepare: Callable[[Block], None] | None
-) -> None:
+def _shard_block(block: Block, sides: Sides, compute: torch.dtype | None) -> None:
     plan = block.split(sides.tensor) if sides.tensor.of > 1 else {}
     _narrow(block, plan, sides.tensor.of)
     places = []
@@ -91,8 +87,6 @@ def _shard_block(
         inside = name.startswith(("mixer.", "ffn."))
         places.append(_placed(block, name, sides, plan.get(name), added_up=inside))
     block.local = partial(_local, places)
-    if prepare is not None:
-        prepare(block)
     _shard(block, sides, compute)
 
 
