@@ -85,6 +85,11 @@ class Shard:
         return np.load(self.folder / "given.npy")  # type: ignore[no-any-return]
 
     @property
+    def size(self) -> int:
+        """How many tokens."""
+        return len(self.tokens)
+
+    @property
     def name(self) -> str:
         """Of the corpus: changes with its files, its split and its tokenizer."""
         return self.folder.parent.name

@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from ..spec import ByteTokenizer, HFTokenizer
+from ..spec import ByteTokenizer, HFTokenizer, StackSpec, load
 from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .batches import Batch, Batches
 from .carry import check_carries
@@ -17,6 +17,7 @@ from .corpus import Shard, shards
 from .order import InOrder, InStreams, Mixed, Order, Shuffled
 from .rows import PACKINGS, RowSet, Streamed, Together, Windows
 from .sources import Source, sources_of
+from .streaming import Stream, is_stream, open_streams, write_streams
 
 __all__ = ["Batch", "Batches", "TextData"]
 
@@ -29,7 +30,8 @@ class TextData(L.LightningDataModule):
     Face's `datasets` saved (save_to_disk).
 
     Args:
-        path: a folder or a file of text, lines or tables; by default Python's own standard-library sources here.
+        path: a folder or a file of text, lines or tables, or the address, such as s3://bucket/rows, of what
+            `write_stream` wrote; by default Python's own standard-library sources here.
         pattern: which files of the folder to read.
         tokenizer: a tokenizer.json or its folder; by default what the stack's tokenizer_contract says.
         seq_len: tokens in a row.
@@ -94,7 +96,7 @@ class TextData(L.LightningDataModule):
         self.seq_len, self.batch_size, self.held_out = seq_len, batch_size, held_out
         self.seed, self.workers, self.tokenize_workers = seed, workers, tokenize_workers
         self.cache = Path(cache_dir) if cache_dir else _user_cache()
-        self.shards: list[dict[str, Shard]] = []  # of each source
+        self.shards: list[dict[str, Shard] | dict[str, Stream]] = []  # of each source
         self.text_tokenizer: Tokenizer | None = None
         self._prepared = False
 
@@ -110,21 +112,51 @@ class TextData(L.LightningDataModule):
 
     def _read(self) -> None:
         model = getattr(self.trainer, "lightning_module", None)
-        contract = self._contract(None if model is None else model.spec.tokenizer_contract)
         folder = None if model is None or self.tokenizer is not None else model.weights
+        self._read_by(None if model is None else model.spec, folder)
+
+    def _read_by(self, spec: StackSpec | None, folder: Path | None = None) -> None:
+        """By a stack's tokenizer; a checkpoint's own, in `folder`, comes first."""
+        contract = self._contract(None if spec is None else spec.tokenizer_contract)
         self.text_tokenizer = tokenizer_of(contract, folder)
-        if model is not None:
-            check_fits(self.text_tokenizer, model.spec.model.vocab_size)
+        if spec is not None:
+            check_fits(self.text_tokenizer, spec.model.vocab_size)
         self.shards = [self._shards(source, self.text_tokenizer) for source in self.sources]
 
-    def _shards(self, source: Source, tokenizer: Tokenizer) -> dict[str, Shard]:
-        return shards(source.files(), tokenizer, self.held_out, self.cache, source.text_key, self.tokenize_workers)
+    def _shards(self, source: Source, tokenizer: Tokenizer) -> dict[str, Shard] | dict[str, Stream]:
+        if source.path is None or not is_stream(source.path):
+            return shards(source.files(), tokenizer, self.held_out, self.cache, source.text_key, self.tokenize_workers)
+        if source.pattern != "*" or self.carry_state:
+            key = "carry_state" if self.carry_state else "pattern"
+            raise ValueError(f"data.{key} is for text, and {source.path} holds rows that were made of it; leave it out")
+        return open_streams(source.path, tokenizer, self.cache, **self._settled)
+
+    @property
+    def _settled(self) -> dict[str, Any]:
+        """What rows that were written cannot change."""
+        return {"seq_len": self.seq_len, "packing": self.packing, "held_out": self.held_out}
+
+    def write_stream(self, folder: str | Path, spec: str | Path | StackSpec | None = None) -> None:
+        """Write these rows for an object store: copy the folder there, and give its address as data.path.
+
+        spec: a stack that is to read them, for its tokenizer. Raises ValueError where the folder is there already, and
+        for several sources.
+        """
+        stack = load(spec) if isinstance(spec, str | Path) else spec
+        self._read_by(stack, Path(spec) if isinstance(spec, str | Path) and Path(spec).is_dir() else None)
+        (mine,) = self.shards if len(self.shards) == 1 else [{}]
+        of_text = {split: shard for split, shard in mine.items() if isinstance(shard, Shard)}
+        if not of_text:
+            raise ValueError("a stream is written of one text: write one for each source, and mix those")
+        assert self.text_tokenizer is not None
+        rows = {split: self._row_set(shard) for split, shard in of_text.items()}
+        write_streams(Path(folder), rows, of_text, self.text_tokenizer, **self._settled)
 
     @property
     def yardsticks(self) -> dict[str, float]:
         """Bits a byte of simpler models of the held-out text; of several sources, each source's, by its bytes."""
         held = [one["held_out"] for one in self.shards]
-        sizes = [len(shard.tokens) * shard.bytes_per_token for shard in held]
+        sizes = [shard.size * shard.bytes_per_token for shard in held]
         return {
             name: sum(size * shard.yardsticks[name] for size, shard in zip(sizes, held, strict=True)) / sum(sizes)
             for name in held[0].yardsticks
@@ -151,13 +183,15 @@ class TextData(L.LightningDataModule):
             return self._streams(seed)
         sets = self._sets("train")
         sizes, shares = [len(one) for one in sets], [source.share for source in self.sources]
-        order: Order = Shuffled(sizes[0], self.batch_size, seed, self._share())
+        blocks = [one.block if isinstance(one, Stream) else None for one in sets]
+        order: Order = Shuffled(sizes[0], self.batch_size, seed, self._share(), blocks[0])
         if len(sets) > 1:
-            order = Mixed(sizes, shares, self.batch_size, seed, self._share())
+            order = Mixed(sizes, shares, self.batch_size, seed, self._share(), blocks)
         return self._batches("train", Together(sets), order, shares)
 
     def _streams(self, seed: int) -> Batches:
         shard = self.shards[0]["train"]
+        assert isinstance(shard, Shard)
         rows = Streamed(Windows(shard, self.seq_len))
         order = InStreams(len(rows), self.batch_size, seed, self._share())
         longest = int(np.diff(shard.starts, append=len(shard.tokens)).max())
@@ -173,7 +207,10 @@ class TextData(L.LightningDataModule):
         return self._batches("held_out", Together(sets), order, [Fraction(size, sum(sizes)) for size in sizes])
 
     def _sets(self, split: str) -> list[RowSet]:
-        return [PACKINGS[self.packing](one[split], self.seq_len) for one in self.shards]
+        return [self._row_set(one[split]) for one in self.shards]
+
+    def _row_set(self, split: Shard | Stream) -> RowSet:
+        return split if isinstance(split, Stream) else PACKINGS[self.packing](split, self.seq_len)
 
     def _share(self) -> tuple[int, int]:
         """This process's rank among those that share each batch, and their number."""

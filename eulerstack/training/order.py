@@ -11,6 +11,9 @@ from torch.utils.data import Sampler
 
 from .rows import NO_ROW
 
+NEAR = 16
+"""Blocks of rows, fetched together, whose rows are mixed."""
+
 
 class Order(Sampler[list[int]], ABC):
     """Batches of row numbers. Batch number `at` is the same on any number of ranks; each takes its share of it.
@@ -63,11 +66,13 @@ class InOrder(Order):
 
 
 class Shuffled(Order):
-    """A fresh permutation each epoch, a function of (seed, epoch) alone; whole batches of it."""
+    """A fresh permutation each epoch, a function of (seed, epoch) alone; whole batches of it. block: see `permuted`."""
 
-    def __init__(self, rows: int, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, rows: int, batch_size: int, seed: int, share: tuple[int, int] = (0, 1), block: int | None = None
+    ) -> None:
         super().__init__(batch_size, seed, share)
-        self.rows = rows
+        self.rows, self.block = rows, block
         self._drawn: tuple[tuple[int | None, int], npt.NDArray[np.int64]] = ((None, -1), np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
@@ -81,7 +86,7 @@ class Shuffled(Order):
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._drawn[0] != (self.seed, epoch):
             assert self.seed is not None
-            self._drawn = (self.seed, epoch), np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            self._drawn = (self.seed, epoch), permuted((self.seed, epoch), self.rows, self.block)
         return self._drawn[1]
 
 
@@ -102,9 +107,10 @@ class Mixed(Order):
         batch_size: int,
         seed: int,
         share: tuple[int, int] = (0, 1),
+        blocks: list[int | None] | None = None,
     ) -> None:
         super().__init__(batch_size, seed, share)
-        self.sizes = sizes
+        self.sizes, self.blocks = sizes, blocks or [None] * len(sizes)
         self.begins = [sum(sizes[:which]) for which in range(len(sizes))]
         self.of_rest = [one / sum(shares[which:]) for which, one in enumerate(shares)]
         self._drawn: dict[int, tuple[tuple[int | None, int], npt.NDArray[np.int64]]] = {}
@@ -131,9 +137,22 @@ class Mixed(Order):
         epoch, at = divmod(nth, self.sizes[which])
         if which not in self._drawn or self._drawn[which][0] != (self.seed, epoch):
             assert self.seed is not None
-            drawn = np.random.default_rng((self.seed, epoch, which)).permutation(self.sizes[which])
+            drawn = permuted((self.seed, epoch, which), self.sizes[which], self.blocks[which])
             self._drawn[which] = (self.seed, epoch), drawn
         return self.begins[which] + int(self._drawn[which][1][at])
+
+
+def permuted(seed: tuple[int, ...], rows: int, block: int | None = None) -> npt.NDArray[np.int64]:
+    """A permutation of the rows. block: rows that are fetched together; those of NEAR such blocks come side by side."""
+    draw = np.random.default_rng(seed)
+    if block is None:
+        return draw.permutation(rows)
+    blocks = draw.permutation(-(-rows // block))
+    parts = [
+        draw.permutation(np.concatenate([np.arange(b * block, min(rows, (b + 1) * block)) for b in some]))
+        for some in np.split(blocks, np.arange(NEAR, len(blocks), NEAR))
+    ]
+    return np.concatenate(parts)
 
 
 def _rounded(number: Fraction) -> int:

@@ -139,7 +139,7 @@ def test_packed_rows_hold_whole_documents(tmp_path: Path) -> None:
     found: list[bytes] = []
     rows = made.train_dataloader().rows
     for row in map(rows.__getitem__, range(len(rows))):
-        tokens, owner, _ = row
+        tokens, owner = row.tokens, row.document
         found += [bytes(tokens[owner == one].astype(np.uint8)) for one in np.unique(owner)]
     assert sorted(found) == sorted(documents(made, "train"))
 
