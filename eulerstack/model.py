@@ -21,6 +21,7 @@ from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
 from .layers.serve import serve
 from .multitoken import Ahead, later, later_targets
+from .mup import STANDARD, mup
 from .segments import Segments
 from .spec import MoEFFNSpec, StackSpec, ahead, dump, expand
 from .state import LayerState, StackState
@@ -50,6 +51,7 @@ class Stack(nn.Module):
         serve(self.norm, target)
         self.linear = select("linear", target).kernels
         self.ahead = nn.ModuleList(Ahead(plan, self.plan[-1].norm, spec, target) for plan in ahead(spec))
+        self.mup = STANDARD if spec.model.mup is None else mup(self, Stack(spec.base, target), spec)
 
     @property
     def blocks(self) -> list[Block]:
@@ -260,6 +262,11 @@ class Stack(nn.Module):
 
     def drawing(self) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
         """The parts of the stack in the order in which their weights are drawn, each with what draws them."""
+        for part, draw in self._parts():
+            yield part, partial(self._drawn, part, draw)
+
+    def _parts(self) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
+        """As `drawing`, before muP."""
         scale = sum(1 + (block.ffn is not None) for block in self.blocks) ** -0.5
         yield self.embedding, partial(_draw_embedding, self.embedding)
         for block in cast(Iterable[Block], self.layers.values()):
@@ -269,6 +276,15 @@ class Stack(nn.Module):
             yield self.head, partial(_draw_embedding, self.head)
         for module in self._heads:
             yield module, partial(module.reset_parameters, scale)
+
+    def _drawn(self, part: nn.Module, draw: Callable[[], Any]) -> None:
+        """Draw a part's weights; muP has some of them start smaller."""
+        draw()
+        own = set(part.modules())
+        for name, layer in self.named_modules() if self.mup.scales else ():
+            start = self.mup.of(f"{name}.weight").start
+            if start != 1 and layer in own:
+                layer.get_parameter("weight").mul_(start)
 
     def _placed(self, tokens: Tensor, segments: Segments | None, training: bool = False) -> Segments:
         """The segments of whole sequences. Raises ValueError for sequences longer than the stack can hold."""
@@ -356,8 +372,8 @@ class Stack(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def _scored(self, x: Tensor, weight: Tensor) -> Tensor:
-        cap = self.spec.head.logit_softcap
-        logits = self.linear(x, (weight,), (None,))
+        cap, shrunk = self.spec.head.logit_softcap, self.mup.shrunk
+        logits = self.linear(x if shrunk == 1 else x * shrunk, (weight,), (None,))
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "groups": {"spec"},
     "block": {"kernels", "layers", "mixers", "segments", "spec", "state"},
     "multitoken": {"block", "kernels", "layers", "segments", "spec"},
-    "model": {"multitoken", "block", "groups", "kernels", "layers", "segments", "spec", "state"},
+    "mup": {"layers", "spec"},
+    "model": {"multitoken", "mup", "block", "groups", "kernels", "layers", "segments", "spec", "state"},
     "builder": {"model", "spec"},
     "testing": {"builder", "kernels", "mixers", "segments", "spec", "state"},
     "costs": {"block", "model", "spec"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
         "spec",
         "state",
     }
-    | {"stored", "tokens"},
+    | {"mup", "stored", "tokens"},
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "stored", "tokens", "training"},
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}}

@@ -71,6 +71,9 @@ def _before(spec: StackSpec) -> Iterator[str]:
     scale = "" if spec.embedding.scale == 1 else f", times {spec.embedding.scale:g}"
     widths = f"{spec.model.vocab_size:,} x {spec.model.d_model}"
     yield f"embedding {widths}{tied}{scale}; positions: {spec.embedding.positional}"
+    if spec.model.mup is not None:
+        base = spec.model.base
+        yield f"muP: the learning rates of d_model {base.d_model} with {base.n_heads} heads"
 
 
 def _after(spec: StackSpec, cost: Estimate) -> Iterator[str]:

@@ -15,6 +15,7 @@ from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import AttentionSpec, StackSpec
 from ..state import KVState
+from .base import score_scale
 from .cached import CachedAttention, Entries
 
 
@@ -29,7 +30,7 @@ class Attention(CachedAttention[KVState]):
         model = stack.model
         self.heads, self.kv_heads, self.window = model.n_heads, model.kv_heads, spec.window
         self.key_dim, self.attn_drop = model.d_model // self.heads, spec.attn_drop
-        self.logits = LogitsOf(spec, stack, self.key_dim**-0.5)
+        self.logits = LogitsOf(spec, stack, score_scale(self.key_dim, model.base.head_dim))
         self.measures = self.logits.slopes is not None
         sizes = {"head_dim": self.key_dim, "value_dim": self.key_dim}
         needs = {"sinks": spec.attention_sinks is not None, "capped_drop": bool(spec.attn_drop and spec.logit_softcap)}

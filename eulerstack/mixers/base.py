@@ -109,6 +109,14 @@ def continued(segments: Segments | None) -> Segments:
     return segments
 
 
+def score_scale(width: int, base: int) -> float:
+    """What products of queries and keys of `width` channels are multiplied with: 1 / sqrt(width) at muP's base.
+
+    Beyond it 1 / width (arXiv 2203.03466, definition 4.1): trained queries and keys are no longer independent.
+    """
+    return float(width**-0.5 * (base / width) ** 0.5)
+
+
 def checked(chunk_size: int | None, default: int) -> int:
     """The chunk size asked for, or the default; raises ValueError for one below 1."""
     if chunk_size is not None and chunk_size < 1:

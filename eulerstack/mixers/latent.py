@@ -14,6 +14,7 @@ from ..segments import Segments
 from ..spec import AttentionSpec, StackSpec
 from ..state import LatentState
 from .attention import LogitsOf, reset_attention
+from .base import score_scale
 from .cached import CachedAttention, Entries
 
 
@@ -32,7 +33,9 @@ class LatentAttention(CachedAttention[LatentState]):
         self.key_dim, self.latent_dim = model.d_model // self.heads, spec.latent_dim
         self.turned = spec.rotated_width(self.key_dim, rotary)
         self.rope = make_rope(stack.embedding, model.max_seq_len, self.turned) if rotary else None
-        self.logits = LogitsOf(spec, stack, (self.key_dim + self.turned) ** -0.5)
+        base = model.base.head_dim
+        scale = score_scale(self.key_dim + self.turned, base + spec.rotated_width(base, rotary))
+        self.logits = LogitsOf(spec, stack, scale)
         self.measures = self.logits.slopes is not None
         sizes = {"head_dim": self.key_dim + self.turned, "value_dim": self.key_dim}
         needs = {"sinks": spec.attention_sinks is not None, "capped_drop": bool(spec.attn_drop and spec.logit_softcap)}

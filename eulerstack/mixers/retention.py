@@ -20,7 +20,7 @@ from ..layers.share import WHOLE, Share, Split, columns
 from ..segments import Segments
 from ..spec import LinearAttentionSpec, RetNetSpec, StackSpec
 from ..state import RetentionState
-from .base import Mixer, check_one_token, checked, continued, placed
+from .base import Mixer, check_one_token, checked, continued, placed, score_scale
 
 GROUP_NORM_EPS = 1e-6
 GATE_ROOT = 16.0
@@ -134,7 +134,10 @@ class Retained(Mixer[RetentionState]):
 
 
 class Retention(Retained):
-    """MSR(x) = (swish(x Wg) * GroupNorm(heads)) Wo; 1 / sqrt(K) is on q, so that the state is unscaled."""
+    """MSR(x) = (swish(x Wg) * GroupNorm(heads)) Wo; 1 / sqrt(K) is on q, so that the state is unscaled.
+
+    The norm takes any scale out again, but for its epsilon; without it, muP's 1 / K matters as in attention.
+    """
 
     spec: RetNetSpec
 
@@ -144,6 +147,7 @@ class Retention(Retained):
         self.spec, self.chunked = spec, spec.chunkwise
         value = spec.value_width(width)
         self.key_dim, self.value_dim = width // self.heads, value // self.heads
+        self.scale = score_scale(self.key_dim, stack.model.base.head_dim)
         self.choices = (select("retention", target, head_dim=self.key_dim, value_dim=self.value_dim),)
         self.ops = self.choices[0].kernels
         self.rope = make_rope(stack.embedding, stack.model.max_seq_len, self.key_dim) if spec.rope else None
@@ -164,7 +168,7 @@ class Retention(Retained):
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""
         q, k, v = beside(x, (self.q_proj, self.k_proj, self.v_proj))
-        q = q.unflatten(-1, (self.heads, self.key_dim)) * self.key_dim**-0.5
+        q = q.unflatten(-1, (self.heads, self.key_dim)) * self.scale
         k = k.unflatten(-1, (self.heads, self.key_dim))
         v = v.unflatten(-1, (self.heads, self.value_dim))
         if self.rope is not None:

@@ -27,6 +27,7 @@ from .stack import (
     HeadSpec,
     HFTokenizer,
     ModelSpec,
+    MuPSpec,
     RopeScalingSpec,
     StackSpec,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "MixerSpec",
     "MoEFFNSpec",
     "ModelSpec",
+    "MuPSpec",
     "MuonSpec",
     "NoFFN",
     "NormSpec",

@@ -32,7 +32,8 @@ def cross_check(spec: "StackSpec") -> list[Problem]:
     """Every broken rule of a spec whose fields are right one by one; those that read a forgotten one are left out."""
     rules = (_embedding, _scaling, _alibi, _heads, _kv_heads, _vocabulary, _ties, _head, _length, _names, _shared)
     hints = (_idle, _groups, _decay)
-    return [p for rule in (*rules, _templates, *hints) for p in judged(rule(spec))]
+    found = [p for rule in (*rules, _templates, *hints) for p in judged(rule(spec))]
+    return found or list(judged(_mup(spec)))
 
 
 def judged(found: Iterator[T]) -> Iterator[T]:
@@ -89,6 +90,24 @@ def _heads(spec: "StackSpec") -> Iterator[Problem]:
 
 def _kv_heads(spec: "StackSpec") -> Iterator[Problem]:
     yield from _divides("model.n_kv_heads", spec.model.kv_heads, "model.n_heads", spec.model.n_heads)
+
+
+def _mup(spec: "StackSpec") -> Iterator[Problem]:
+    """The stack can be built at the base's widths."""
+    model = spec.model
+    if model.mup is None:
+        return
+    heads = model.mup.n_heads or model.n_heads
+    if model.kv_heads * heads % model.n_heads:
+        message = f"{heads} heads leave no whole number of the {model.kv_heads} kv heads that {model.n_heads} have"
+        yield _problem("model.mup.n_heads", message, "write a multiple of n_heads / n_kv_heads")
+        return
+    if spec.training_hints.optimizer == "muon":
+        message = "muon also trains the embedding and the head, for which muP has no rule"
+        yield _problem("training_hints.optimizer", message, "write optimizer: hybrid, or remove model.mup")
+    for problem in cross_check(spec.base):
+        message = f"d_model = {model.mup.d_model} with {heads} heads cannot be built: {problem.key}: {problem.message}"
+        yield replace(problem, key="model.mup", message=message)
 
 
 def _vocabulary(spec: "StackSpec") -> Iterator[Problem]:

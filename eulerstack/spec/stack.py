@@ -15,6 +15,18 @@ from .training import TrainingHints
 Width = Annotated[int, Field(ge=1, le=1 << 17)]
 
 
+class MuPSpec(Block):
+    """The same templates at another width: the base, whose learning rate is right for this width too.
+
+    muP (Yang et al. 2022, arXiv 2203.03466): hidden weights learn at base / width of the rate, and logits are scaled.
+    """
+
+    d_model: Width
+    """The width at which the learning rate was tuned."""
+    n_heads: Width | None = None
+    """Heads at that width; the model's by default, so that heads grow wider."""
+
+
 class ModelSpec(Block):
     """Widths shared by all layers."""
 
@@ -34,6 +46,8 @@ class ModelSpec(Block):
     """Width of the FFNs over d_model, where they name none of their own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and activations; decays and recurrent states stay at least float32."""
+    mup: MuPSpec | None = None
+    """The base of muP, for a learning rate tuned at another width; null is the standard parametrisation."""
     family_hint: str | None = None
     """Metadata: what kind of model this is, shown by `explain`."""
     target_params: Annotated[int, Field(ge=1)] | None = None
@@ -42,6 +56,20 @@ class ModelSpec(Block):
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def base(self) -> Self:
+        """The widths at which the learning rate was tuned: these, unless muP names others."""
+        if self.mup is None:
+            return self
+        heads = self.mup.n_heads or self.n_heads
+        kv_heads = self.n_kv_heads and self.n_kv_heads * heads // self.n_heads
+        widths = {"d_model": self.mup.d_model, "n_heads": heads, "n_kv_heads": kv_heads}
+        return self.model_copy(update={**widths, "mup": None})
 
 
 class ByteTokenizer(Block):
@@ -146,6 +174,11 @@ class StackSpec(Block):
     def tied(self) -> bool:
         """Whether the head reads the embedding's weights."""
         return self.embedding.tie_word_embeddings
+
+    @property
+    def base(self) -> Self:
+        """The stack at the widths at which the learning rate was tuned."""
+        return self.model_copy(update={"model": self.model.base})
 
     @property
     def extensions(self) -> dict[str, str]:

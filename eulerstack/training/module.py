@@ -231,7 +231,8 @@ class StackModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hints = self.spec.training_hints
-        optimizer = make_optimizer(self.model.named_parameters(), hints, fused=self.trainer.precision != "16-mixed")
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = make_optimizer(self.model.named_parameters(), hints, fused, self.model.mup)
         schedule = make_schedule(optimizer, self._steps(), hints)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -9,7 +9,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..groups import ROUTER, decays, group_of, to_muon
+from ..mup import STANDARD, MuP
 from ..spec import TrainingHints
+
+EPS = 1e-8  # Adam's, at muP's base
 
 
 class Recipe(NamedTuple):
@@ -47,16 +50,17 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], hints: TrainingHints, fused: bool = True
+    named: Iterable[tuple[str, nn.Parameter]], hints: TrainingHints, fused: bool = True, mup: MuP = STANDARD
 ) -> torch.optim.Optimizer:
     """AdamW, or AdamW and Muon, over groups of parameters with the same recipe.
 
+    mup: the stack's. Gradients shrink as its logits do, and Adam's epsilon with them.
     fused: AdamW's step in one kernel, which no gradient scaler of float16 can hand clipped gradients to.
     """
     kept: dict[Recipe, list[nn.Parameter]] = {}
     for name, parameter in named:
-        kept.setdefault(recipe_of(name, parameter, hints), []).append(parameter)
-    adamw = torch.optim.AdamW(_groups(kept, muon=False), betas=hints.betas, fused=fused)
+        kept.setdefault(recipe_of(name, parameter, hints, mup), []).append(parameter)
+    adamw = torch.optim.AdamW(_groups(kept, muon=False), betas=hints.betas, eps=EPS * mup.shrunk, fused=fused)
     if hints.optimizer == "adamw":
         return adamw
     settings = hints.muon.model_dump(include={"momentum", "nesterov", "ns_steps"})
@@ -68,8 +72,11 @@ def _groups(kept: dict[Recipe, list[nn.Parameter]], muon: bool) -> list[dict[str
     return [{"params": params, "lr": r.lr, "weight_decay": r.weight_decay} for r, params in chosen.items()]
 
 
-def recipe_of(name: str, parameter: nn.Parameter, hints: TrainingHints) -> Recipe:
-    """By the optimizer, then the first group whose glob matches; a router's learning rate by its multiplier as well."""
+def recipe_of(name: str, parameter: nn.Parameter, hints: TrainingHints, mup: MuP = STANDARD) -> Recipe:
+    """By the optimizer, then the first group whose glob matches; a router's learning rate by its multiplier as well.
+
+    muP scales the learning rate, and undoes that in the decay: a step takes the same share of a weight at all widths.
+    """
     muon = to_muon(name, parameter.dim(), hints.optimizer)
     lr, decay = (hints.muon.lr, hints.muon.weight_decay) if muon else (hints.lr_peak, hints.weight_decay)
     group = group_of(name, hints.optimizer_groups)
@@ -77,7 +84,8 @@ def recipe_of(name: str, parameter: nn.Parameter, hints: TrainingHints) -> Recip
         lr, decay = lr * group.lr_multiplier, decay if group.weight_decay is None else group.weight_decay
     if name.endswith(ROUTER):
         lr *= hints.router_lr_multiplier
-    return Recipe(muon, lr, decay if decays(name) else 0.0)
+    scale = mup.of(name).muon if muon else mup.of(name).adamw
+    return Recipe(muon, lr * scale, decay / scale if decays(name) else 0.0)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, hints: TrainingHints) -> LambdaLR:

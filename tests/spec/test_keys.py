@@ -176,6 +176,8 @@ ROWS = {
     "ModelSpec.n_kv_heads": Row("parameters", "model.n_kv_heads", None, 2),
     "ModelSpec.mlp_ratio": Row("parameters", "model.mlp_ratio", 1.0, 2.0),
     "ModelSpec.dtype": Row("parameters", "model.dtype", "float32", "bfloat16"),
+    "MuPSpec.d_model": Row("forward", "model.mup.d_model", 32, 16, {"model.mup": {}}),
+    "MuPSpec.n_heads": Row("forward", "model.mup.n_heads", 4, 2, {"model.mup": {"d_model": 16}}),
     "ModelSpec.family_hint": Row("explained", "model.family_hint", None, "dense"),
     "ModelSpec.target_params": Row("explained", "model.target_params", None, 7_000_000),
     "ByteTokenizer.type": Row("text", "tokenizer_contract", {"type": "byte"}, {"type": "hf", "pretrained": TOKENIZER}),
