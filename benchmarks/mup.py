@@ -24,6 +24,7 @@ MIXERS = {"attention": {}, "retnet": {"value_expand": 1.0}, "mamba": {"d_state":
 WIDTHS, BASE = (128, 256, 512), 128
 RATES = tuple(2.0**-n for n in range(10, 4, -1))
 LAYERS, HEADS, TOKENS, ROWS, BATCHES, STEPS = 2, 4, 128, 4, 8, 120
+SCALE = 16.0  # of the embeddings, so that layers do not drown them
 SEEDS = (0,)
 
 
@@ -38,11 +39,16 @@ class Run(NamedTuple):
 
 
 def stack_of(run: Run) -> es.StackSpec:
-    """A few layers of one mixer with gated MLPs of half the width; the heads grow with the width."""
+    """A few layers of one mixer with gated MLPs of half the width.
+
+    Wider attention has more heads, a wider retnet wider ones: its decays go by the head.
+    """
     hints = {"lr_peak": run.rate, "schedule": "linear", "lr_floor_ratio": 0.0, "warmup_steps_ratio": 0.1}
-    builder = es.StackBuilder(run.width, HEADS, max_seq_len=TOKENS, mlp_ratio=0.5, training_hints=hints)
+    heads = HEADS * run.width // BASE if run.mixer == "attention" else HEADS
+    builder = es.StackBuilder(run.width, heads, max_seq_len=TOKENS, mlp_ratio=0.5, training_hints=hints)
+    builder.set(embedding={"scale": SCALE})
     if run.mup:
-        builder.set(model={"mup": {"d_model": BASE}})
+        builder.set(model={"mup": {"d_model": BASE, "n_heads": HEADS}})
     return builder.add(run.mixer, MIXERS[run.mixer], repeat=LAYERS).spec()
 
 
