@@ -119,7 +119,7 @@ class Stack(nn.Module):
 
     def check_length(self, tokens: int, training: bool = False) -> None:
         """Raises ValueError for sequences longer than the stack can hold."""
-        limit, blocks = self.spec.model.max_seq_len, self._by_index.values() if training else self.blocks
+        limit, blocks = self.spec.model.max_seq_len, self.by_index.values() if training else self.blocks
         if tokens > limit and any(block.mixer.grows for block in blocks):
             raise ValueError(
                 f"{tokens} tokens are more than model.max_seq_len = {limit}, and this stack has attention without a "
@@ -211,7 +211,7 @@ class Stack(nn.Module):
         return list(cast(list[Ahead], self.ahead))
 
     @property
-    def _by_index(self) -> dict[int, Block]:
+    def by_index(self) -> dict[int, Block]:
         """Every layer's block, those of the modules that look ahead behind the others."""
         more = {block.layer.index: block for module in self._heads for block in module.blocks}
         return {**dict(enumerate(self.blocks)), **more}
@@ -220,7 +220,7 @@ class Stack(nn.Module):
         """What the routers add to the loss, weighted by their layers' coefficients."""
         if not routings:
             return {}
-        blocks = self._by_index
+        blocks = self.by_index
         specs = {index: blocks[index].layer.ffn for index in routings}
         moes = {index: ffn.moe for index, ffn in specs.items() if isinstance(ffn, MoEFFNSpec)}
         shared = self.spec.training_hints.router_aux_loss_coef
@@ -232,7 +232,7 @@ class Stack(nn.Module):
 
     def rebalance(self, loads: dict[int, Tensor]) -> None:
         """Move the balancing biases of routers that have one; called once an optimizer step, loads by layer."""
-        blocks, by_weights = self._by_index, dict[Block, Tensor]()
+        blocks, by_weights = self.by_index, dict[Block, Tensor]()
         for index, load in loads.items():
             block = blocks[index]
             by_weights[block] = by_weights[block] + load if block in by_weights else load

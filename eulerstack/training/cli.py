@@ -22,6 +22,7 @@ from .diagnostics import Diagnostics
 from .keeping import KeepBest, WholeFiles
 from .module import StackModule
 from .preemption import Preempted, Preemption, signals_put_back
+from .profiling import Profile
 from .settings import table
 from .strategy import FSDP2, forget, recover
 from .throughput import Throughput
@@ -56,6 +57,8 @@ class StackCLI(LightningCLI):
         parser.add_argument("--tensor_parallel", type=int, default=1, help=text)
         text = "How many checkpoints to keep in best/: those with the lowest val_bits_per_byte."
         parser.add_argument("--keep_best", type=int | None, default=None, help=text)
+        text = "Write a trace of five steps, and a table of what each kind of layer takes, into profile/."
+        parser.add_argument("--profile", action="store_true", help=text)
         text = "The device's FLOPs a second, for MFU; that of the data sheet for GPUs that are known."
         parser.add_argument("--peak_flops", type=float | None, default=None, help=text)
 
@@ -93,7 +96,7 @@ class StackCLI(LightningCLI):
         if keeping:
             callbacks.append(self._resume_point(root))
         if fitting:
-            callbacks += [Export(), *self._watchers(), Preemption(root / LAST if keeping else None)]
+            callbacks += [Export(), *self._watchers(root), Preemption(root / LAST if keeping else None)]
         disk = InBackground() if self._get(self.config, "async_save") else WholeFiles()
         kwargs["plugins"] = _with_checkpoints(config["plugins"], disk)
         if config["logger"] in (None, True):
@@ -111,10 +114,11 @@ class StackCLI(LightningCLI):
             raise ValueError(f"--tensor_parallel {tensor} needs --trainer.strategy fsdp2")
         return wanted
 
-    def _watchers(self) -> list[L.Callback]:
-        """What keeps the best stacks and what tells of the mixers, if they are asked for, and the clock."""
+    def _watchers(self, root: Path) -> list[L.Callback]:
+        """What keeps the best stacks, tells of the mixers and records a profile, if they are asked for; the clock."""
         best, every, peak = (self._get(self.config, key) for key in ("keep_best", "diagnose_every", "peak_flops"))
-        told = [] if every == 0 else [Diagnostics(every)]
+        told: list[L.Callback] = [] if every == 0 else [Diagnostics(every)]
+        told += [Profile(root / "profile")] if self._get(self.config, "profile") else []
         return [*([] if best is None else [KeepBest(best)]), *told, Throughput(peak)]
 
     def _resume_point(self, root: Path) -> ModelCheckpoint:
