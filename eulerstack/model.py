@@ -174,7 +174,7 @@ class Stack(nn.Module):
         with self.local():
             x, after = self._walked(tokens, state, segments, form)
             loss, parts = self._total(self._scores(x, targets, average), routings, average)
-        return loss, parts, after.map(Tensor.detach)
+        return loss, parts, after.map(lambda t: t.detach().clone())  # and not a view of the whole row
 
     def _scores(self, x: Tensor, targets: Tensor, average: Average) -> dict[str, Tensor]:
         z_loss = self.spec.training_hints.z_loss
