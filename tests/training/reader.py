@@ -44,10 +44,18 @@ def text_data(corpus: str, out: str, **options: Any) -> es.TextData:
     return es.TextData(corpus, seed=5, seq_len=50, batch_size=4, held_out=0.3, cache_dir=f"{out}/cache", **options)
 
 
-def main(corpus: str, out: str, devices: int, steps: int, resume: str | None, options: dict[str, Any]) -> None:
-    """Rows read by rank r go to OUT/N.r.json, and the run to OUT/N.ckpt."""
-    made = text_data(corpus, out, **options)
-    trainer = L.Trainer(
+class Losses(L.Callback):
+    """The loss of each batch, over all ranks."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+
+
+def trainer_of(devices: int, steps: int, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
         max_steps=steps,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
@@ -57,14 +65,29 @@ def main(corpus: str, out: str, devices: int, steps: int, resume: str | None, op
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        callbacks=[*callbacks],
     )
-    reader = Reader()
-    trainer.fit(reader, made, ckpt_path=resume)
+
+
+def main(
+    corpus: str, out: str, devices: int, steps: int, resume: str | None, stack: str | None, options: dict[str, Any]
+) -> None:
+    """What rank r reads, or the losses of a stack in float64, go to OUT/N.r.json, and the run to OUT/N.ckpt."""
+    made = text_data(corpus, out, **options)
+    if stack is not None:
+        torch.set_default_dtype(torch.float64)
+        L.seed_everything(1, verbose=False)
+    watch, reader = Losses(), Reader()
+    module = reader if stack is None else es.StackModule(stack, schedule="constant", warmup_steps_ratio=0.0)
+    trainer = trainer_of(devices, steps, *([] if stack is None else [watch]))
+    trainer.fit(module, made, ckpt_path=resume)
     trainer.save_checkpoint(f"{out}/{steps}.ckpt")
-    trainer.validate(reader, made, verbose=False)
-    Path(f"{out}/{steps}.{trainer.global_rank}.json").write_text(json.dumps(reader.read))
+    if stack is None:
+        trainer.validate(module, made, verbose=False)
+    found = reader.read if stack is None else watch.losses
+    Path(f"{out}/{steps}.{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    corpus, out, devices, steps, resume, options = sys.argv[1:]
-    main(corpus, out, int(devices), int(steps), resume or None, json.loads(options))
+    corpus, out, devices, steps, resume, stack, options = sys.argv[1:]
+    main(corpus, out, int(devices), int(steps), resume or None, stack or None, json.loads(options))

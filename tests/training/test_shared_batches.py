@@ -34,11 +34,13 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
         Shuffled(40, 4, 7, (0, 3))
 
 
-def read(corpus: Path, devices: int, steps: int, resume: Path | None = None, **options: Any) -> list[dict[str, Any]]:
-    """What each rank reads in a run of so many steps, and then of the held-out rows."""
+def read(
+    corpus: Path, devices: int, steps: int, resume: Path | None = None, stack: Path | None = None, **options: Any
+) -> list[Any]:
+    """What each rank reads in a run of so many steps, and then of the held-out rows; or the losses of a stack."""
     out = corpus.parent / f"out{devices}"
     out.mkdir(exist_ok=True)
-    words = [corpus, out, devices, steps, resume or "", json.dumps(options)]
+    words = [corpus, out, devices, steps, resume or "", stack or "", json.dumps(options)]
     script = Path(__file__).with_name("reader.py")
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, script, *map(str, words)], env=here, capture_output=True, text=True)
@@ -76,3 +78,17 @@ def test_a_run_of_two_processes_goes_on_with_one(corpus: Path, workers: int) -> 
     rest = read(corpus, 1, 40, corpus.parent / "out2" / "8.ckpt", workers=workers)
     (alone,) = read(corpus, 1, 40, workers=workers)
     assert joined(both, "train") + rest[0]["train"] == alone["train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": "packed"}, {"carry_state": True}], ids=["cut", "packed", "carried"]
+)
+def test_losses_of_two_processes_go_on_on_one(corpus: Path, stack_file: Path, options: dict[str, Any]) -> None:
+    """float64, with rows of ragged documents: each rank's mean is over other counts."""
+    both = read(corpus, 2, 8, stack=stack_file, **options)
+    rest = read(corpus, 1, 24, corpus.parent / "out2" / "8.ckpt", stack_file, **options)
+    (alone,) = read(corpus, 1, 24, stack=stack_file, **options)
+    assert both[0] == both[1]
+    assert len(alone) == 24
+    assert [*both[0], *rest[0]] == pytest.approx(alone, rel=1e-9, abs=1e-9)
