@@ -25,6 +25,19 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba", {"d_state": 8, "head_dim": 4, "chunk_size": 8}),
     "rwkv": ("rwkv", {}),
     "hyena": ("hyena", {"filter_hidden": 8}),
+    "gated retnet": ("retnet", {"gamma": "gated", "chunk_size": 8}),
+    "sinks": ("attention", {"attention_sinks": {"n_per_head": 2}, "qk_norm": True}),
+    "branched": (
+        "branched",
+        {
+            "branches": {
+                "a": {"type": "attention"},
+                "m": {"type": "mamba", "mamba": {"d_state": 8, "head_dim": 4, "chunk_size": 8}},
+                "r": {"type": "retnet", "retnet": {"gamma": "learned", "chunk_size": 8}},
+            },
+            "selector": {"type": "learned_gate"},
+        },
+    ),
 }
 
 
@@ -179,10 +192,12 @@ def test_packed_documents_train_as_they_would_alone(tmp_path: Path, kind: str) -
     check_packed_equals_alone(es.build(spec, dtype=torch.float64), tmp_path)
 
 
-@pytest.mark.slow
-def test_packed_documents_train_the_trimixer_as_they_would_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [64, pytest.param(None, marks=pytest.mark.slow)], ids=["narrow", "as it is"])
+@pytest.mark.parametrize("name", ["arch_expert_research_mini", "every_mixer_mini"])
+def test_packed_documents_train_a_preset_as_they_would_alone(tmp_path: Path, name: str, width: int | None) -> None:
     torch.manual_seed(0)
-    check_packed_equals_alone(es.build(es.load("arch_expert_research_mini"), dtype=torch.float64), tmp_path)
+    settings = [] if width is None else [f"model.d_model={width}"]
+    check_packed_equals_alone(es.build(es.load(name, settings), dtype=torch.float64, kernels="torch"), tmp_path)
 
 
 def test_packed_order_is_a_function_of_the_seed_and_can_be_resumed(tmp_path: Path) -> None:
