@@ -1,37 +1,64 @@
 """Islands of precision: decays and recurrent states stay float32 whatever becomes of the model."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import eulerstack as es
+from eulerstack.layers.rope import make_rope, phases
 from eulerstack.mixers import Retention
 from eulerstack.segments import Segments
+from eulerstack.spec import EmbeddingSpec
 from eulerstack.testing import WIDTH
 
-from .conftest import rms_ratio
+from .conftest import close, rms_ratio
 from .contract.cases import MIXERS, contract, make
 
-ISLANDS = ("A_log", "D", "dt_bias", "learned.gamma", "time.decay", "time.bonus")
+ISLANDS = ("A_log", "D", "dt_bias", "learned.gamma", "time.decay", "time.bonus", "learned.sinks", "correction.bias")
 WIDE = ("kv", "ssm", "total", "weight", "top")  # what stays float32 of a state
 
 
+LEARNED = "layer_templates.gated_retnet.mixer.retnet.gamma=learned"
+
+
+def every(dtype: torch.dtype) -> es.Stack:
+    """One layer of each mixer; what is kept in float32 is no number of the dtype."""
+    torch.manual_seed(0)
+    model = es.build(es.load("every_mixer_mini", [LEARNED]), dtype=dtype, kernels="torch")
+    for name, tensor in model.state_dict().items():
+        if name.endswith(ISLANDS):
+            tensor.add_(1e-4)
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_islands_survive_every_way_to_a_dtype(build_mini: Callable[..., es.Stack], dtype: torch.dtype) -> None:
-    built = build_mini(dtype)
-    moved = build_mini(torch.float32)
-    values = {n: p.clone() for n, p in moved.named_parameters() if n.endswith(ISLANDS)}
+def test_islands_survive_every_way_to_a_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    built, moved, loaded = every(dtype), every(torch.float32), every(dtype)
+    values = {n: t.clone() for n, t in moved.state_dict().items() if n.endswith(ISLANDS)}
+    assert {name for name in ISLANDS if any(n.endswith(name) for n in values)} == set(ISLANDS)
     moved.to(dtype)
-    loaded = build_mini(dtype)
     loaded.load_state_dict(moved.state_dict())
+    es.save_checkpoint(moved, tmp_path / "kept")
+    read = es.load_checkpoint(tmp_path / "kept", dtype=dtype)
     emptied = es.build(moved.spec, "meta", dtype).to_empty(device="cpu")
-    for model in (built, moved, loaded, emptied):
-        for name, weight in model.named_parameters():
-            assert weight.dtype == (torch.float32 if name.endswith(ISLANDS) else dtype), name
-    for model in (moved, loaded):
+    emptied.load_state_dict(moved.state_dict(), assign=True)
+    for model in (built, moved, loaded, read, emptied):
+        for name, tensor in model.state_dict().items():
+            assert tensor.dtype == (torch.float32 if name.endswith(ISLANDS) else dtype), name
+    for model in (moved, loaded, read, emptied):
         for name, value in values.items():
-            assert torch.equal(model.get_parameter(name), value), name
+            assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_positions_stay_apart_in_every_dtype(dtype: torch.dtype) -> None:
+    """A bfloat16 knows no whole number between 256 and 258."""
+    rope = make_rope(EmbeddingSpec(), 1 << 20, 64)
+    cos, sin = phases(Segments.dense(3, start=torch.tensor([999_998])), rope, dtype)
+    angle = torch.arange(999_998, 1_000_001).double()[:, None] * torch.tensor(rope.frequencies, dtype=torch.float64)
+    close(torch.stack([cos, sin])[:, 0, :, 0].double(), torch.stack([angle.cos(), angle.sin()]), 1e-7)
 
 
 def test_float64_widens_the_islands(build_mini: Callable[..., es.Stack]) -> None:
