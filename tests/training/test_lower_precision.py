@@ -10,6 +10,7 @@ import eulerstack as es
 from eulerstack.mixers.retention import Retention
 from eulerstack.training.data import TextData
 
+from ..test_precision import ISLANDS
 from .conftest import QUIET
 from .test_module import fit
 
@@ -38,6 +39,22 @@ def test_200_steps_in_bfloat16_end_where_float32_ends(tmp_path: Path, corpus: Pa
         assert len(decays.unique()) == 8
         assert decays.max() < 1
     assert mixers
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_what_is_kept_in_float32_trains_in_float32_in_every_mixer(precision: str, corpus: Path, tmp_path: Path) -> None:
+    settings = ["layer_templates.gated_retnet.mixer.retnet.gamma=learned", "model.d_model=64"]
+    module = es.StackModule("every_mixer_mini", settings=settings, kernels="torch")
+    trainer = L.Trainer(max_steps=2, precision=precision, default_root_dir=tmp_path, **QUIET)  # type: ignore[arg-type]
+    data = TextData(str(corpus), seq_len=32, batch_size=2, cache_dir=str(tmp_path / "cache"))
+    trainer.fit(module, data)
+    found = {name: tensor for name, tensor in module.model.state_dict().items() if name.endswith(ISLANDS)}
+    assert {name for name in ISLANDS if any(key.endswith(name) for key in found)} == set(ISLANDS)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(tensor.bfloat16().float().ne(tensor).any() for tensor in found.values())
+    states = trainer.optimizers[0].state
+    kept = {name: states[p] for name, p in module.model.named_parameters() if name.endswith(ISLANDS)}
+    assert {state["exp_avg"].dtype for state in kept.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
