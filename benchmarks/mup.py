@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import cycle, islice, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +20,13 @@ from eulerstack.training.data import Batch
 from eulerstack.training.optim import make_optimizer, make_schedule
 
 RESULTS = Path(__file__).parent / "results"
-MIXERS = {"attention": {}, "retnet": {"value_expand": 1.0}, "mamba": {"d_state": 32}}
+MIXERS: dict[str, dict[str, Any]] = {"attention": {}, "retnet": {"value_expand": 1.0}, "mamba": {"d_state": 32}}
 WIDTHS, BASE = (128, 256, 512), 128
 RATES = tuple(2.0**-n for n in range(10, 4, -1))
-LAYERS, HEADS, TOKENS, ROWS, BATCHES, STEPS = 2, 4, 128, 4, 8, 120
+LAYERS, HEADS, TOKENS, ROWS, BATCHES = 2, 4, 128, 4, 8
+STEPS = {"attention": 120, "retnet": 60, "mamba": 60}  # attention is slower to leave the plateau of bigrams
 SCALE = 16.0  # of the embeddings, so that layers do not drown them
-SEEDS = (0,)
+SEEDS, WARM = (0,), 0.1
 
 
 class Run(NamedTuple):
@@ -43,7 +44,7 @@ def stack_of(run: Run) -> es.StackSpec:
 
     Wider attention has more heads, a wider retnet wider ones: its decays go by the head.
     """
-    hints = {"lr_peak": run.rate, "schedule": "linear", "lr_floor_ratio": 0.0, "warmup_steps_ratio": 0.1}
+    hints = {"lr_peak": run.rate, "schedule": "linear", "lr_floor_ratio": 0.0, "warmup_steps_ratio": WARM}
     heads = HEADS * run.width // BASE if run.mixer == "attention" else HEADS
     builder = es.StackBuilder(run.width, heads, max_seq_len=TOKENS, mlp_ratio=0.5, training_hints=hints)
     builder.set(embedding={"scale": SCALE})
@@ -65,8 +66,8 @@ def trained(run: Run, data: es.TextData) -> float:
     spec, text = stack_of(run), batches(data, run.seed)
     model, hints = es.build(spec), spec.training_hints
     optimizer = make_optimizer(model.named_parameters(), hints, mup=model.mup)
-    schedule = make_schedule(optimizer, STEPS, hints)
-    for batch in islice(cycle(text), STEPS):
+    schedule = make_schedule(optimizer, STEPS[run.mixer], hints)
+    for batch in islice(cycle(text), STEPS[run.mixer]):
         loss = model.losses(batch.tokens, batch.targets, batch.segments())[0]
         optimizer.zero_grad()
         loss.backward()
@@ -80,10 +81,10 @@ def trained(run: Run, data: es.TextData) -> float:
 
 
 def rates(mup: bool, width: int) -> tuple[float, ...]:
-    """All at the base's width; the best there and its neighbours beyond it, and lower ones without muP."""
+    """All at the base's width; around its best beyond it, and lower ones without muP."""
     if width == BASE:
         return RATES if mup else ()
-    return RATES[1:5] if mup else RATES[:4]
+    return RATES[2:5] if mup else RATES[:3]
 
 
 def runs() -> Iterator[Run]:
@@ -110,6 +111,95 @@ def sweep(file: Path) -> None:
                 lines.write(json.dumps([*run, bits if math.isfinite(bits) else None]) + "\n")
 
 
+Curve = dict[float, float]
+
+
+def curves(done: dict[Run, float], mixer: str, mup: bool) -> dict[int, Curve]:
+    """Bits by learning rate, the mean over seeds, of each width; the base's serve both ways."""
+    found: dict[int, dict[float, list[float]]] = {}
+    for run, bits in done.items():
+        if run.mixer == mixer and (run.mup == mup or run.width == BASE):
+            found.setdefault(run.width, {}).setdefault(run.rate, []).append(bits)
+    return {
+        width: {rate: sum(values) / len(values) for rate, values in sorted(by_rate.items())}
+        for width, by_rate in sorted(found.items())
+    }
+
+
+def best(curve: Curve) -> float:
+    return min(curve, key=lambda rate: curve[rate])
+
+
+def power(rate: float) -> str:
+    return f"2^{math.log2(rate):.0f}"
+
+
+def verdict(by_width: dict[int, Curve]) -> str:
+    """Where the best learning rates are, and whether a lower or higher one might have been better still."""
+    found = {width: best(curve) for width, curve in by_width.items()}
+    told = ", ".join(f"{power(rate)} at {width}" for width, rate in found.items())
+    edges = [width for width, rate in found.items() if rate in (min(by_width[width]), max(by_width[width]))]
+    open_ = f" (at the edge of what was tried at {', '.join(map(str, edges))})" if edges else ""
+    missing = [str(width) for width in WIDTHS if width not in found]
+    left = f" Not run: {', '.join(missing)}." if missing else ""
+    return f"{'The same' if len(set(found.values())) == 1 else 'Not the same'}: {told}{open_}.{left}"
+
+
+def section(done: dict[Run, float], mixer: str) -> list[str]:
+    lines = [f"## {mixer}", ""]
+    for mup, name in ((True, "muP"), (False, "standard")):
+        by_width = curves(done, mixer, mup)
+        lines += [f"{name}. {verdict(by_width)}", "", f"| width | {' | '.join(map(power, RATES))} |"]
+        lines += ["|---" * (len(RATES) + 1) + "|"]
+        for width, curve in by_width.items():
+            cells = [_cell(curve, rate) for rate in RATES]
+            lines.append(f"| {width} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _cell(curve: Curve, rate: float) -> str:
+    if rate not in curve:
+        return ""
+    return f"**{curve[rate]:.3f}**" if rate == best(curve) else f"{curve[rate]:.3f}"
+
+
+ABOUT = f"""\
+# Learning rates across widths
+
+Written by `python -m benchmarks.mup`, on a CPU in float32. Stacks of {LAYERS} layers with gated MLPs of half the width and
+embeddings times {SCALE:g}, trained by AdamW with {WARM:.0%} of warm-up and a linear fall to 0. What is shown is the loss that is
+left, in bits a byte, after {STEPS["attention"]} steps of attention and {STEPS["retnet"]} of the others on {BATCHES} batches of {ROWS} x {TOKENS} bytes of Python's
+standard library, read again and again: how fast a stack learns, not how well it predicts. The base is the width of
+{BASE}, where both ways are one. Wider attention has more heads, a wider retnet wider ones. Best in bold.
+
+![learning rate against loss](mup.png)
+"""  # noqa: E501
+
+
+def report(done: dict[Run, float]) -> str:
+    mixers = [mixer for mixer in MIXERS if any(run.mixer == mixer for run in done)]
+    return "\n".join([ABOUT, *(line for mixer in mixers for line in section(done, mixer))])
+
+
+def draw(done: dict[Run, float], file: Path) -> None:
+    """A row a mixer: muP beside the standard parametrisation, a curve a width."""
+    from matplotlib.figure import Figure
+
+    mixers = [mixer for mixer in MIXERS if any(run.mixer == mixer for run in done)]
+    figure = Figure(figsize=(9, 3 * len(mixers)), layout="constrained")
+    axes = figure.subplots(len(mixers), 2, sharex=True, sharey="row", squeeze=False)
+    for row, mixer in zip(axes, mixers, strict=True):
+        for place, (mup, name) in zip(row, ((True, "muP"), (False, "standard")), strict=True):
+            for width, curve in curves(done, mixer, mup).items():
+                (line,) = place.plot(list(curve), list(curve.values()), marker="o", ms=4, label=f"width {width}")
+                place.plot(best(curve), curve[best(curve)], marker="*", ms=14, color=line.get_color())
+            place.set(title=f"{mixer}, {name}", ylabel="bits a byte", xlabel="learning rate")
+            place.set_xscale("log", base=2)
+            place.legend()
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", action="store_true", help="train nothing, write what is known")
@@ -117,6 +207,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if not options.report:
         sweep(RESULTS / "mup.jsonl")
+    done = found(RESULTS / "mup.jsonl")
+    (RESULTS / "mup.md").write_text(report(done))
+    draw(done, RESULTS / "mup.png")
 
 
 if __name__ == "__main__":
