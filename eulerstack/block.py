@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from .kernels.provider import Target
 from .layers.channels import ffn_flops, init_ffn, make_ffn, split_ffn
@@ -53,13 +53,14 @@ class Block(nn.Module):
         self.choices = dict.fromkeys((*self.mixer.choices, *serve(self, target)))
 
     def forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
-        if self.checkpointing != "none" and self.training and torch.is_grad_enabled():
-            again = kept_products if self.checkpointing == "selective" else noop_context_fn
-            y: tuple[Tensor, Routing | None] = checkpoint(
-                self._forward, x, segments, use_reentrant=False, context_fn=again
-            )
-            return y
-        return self._forward(x, segments)
+        if self.checkpointing == "none" or not self.training or not torch.is_grad_enabled():
+            return self._forward(x, segments)
+        y: tuple[Tensor, Routing | None]
+        if self.checkpointing == "selective":  # apart, for torch.compile reads the call as it stands
+            y = checkpoint(self._forward, x, segments, use_reentrant=False, context_fn=kept_products)
+        else:
+            y = checkpoint(self._forward, x, segments, use_reentrant=False)
+        return y
 
     def _forward(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
         with self.local():
