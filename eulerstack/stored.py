@@ -26,7 +26,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The header of a checkpoint. Raises ValueError unless it is one of a format that this version reads."""
     missing = [name for name in (HEADER, "spec.yml", WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(missing)}; give the folder that `fit` wrote")
+        raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(missing)}; {_instead(folder)}")
     try:
         header: dict[str, Any] = json.loads((folder / HEADER).read_text())
         found = header["format"]
@@ -35,6 +35,15 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     if type(found) is not int or found != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {found}; this version reads {FORMAT}")
     return header
+
+
+def _instead(folder: Path) -> str:
+    """What to give for a run's folder, or for the state of a run."""
+    if (folder / "checkpoint" / HEADER).is_file():
+        return f"give {folder / 'checkpoint'}"
+    if folder.suffix == ".ckpt" and folder.is_file():
+        return f"make one by `eulerstack checkpoint convert {folder} DIR`"
+    return "give the folder that `fit` wrote"
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

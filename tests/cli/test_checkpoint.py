@@ -87,6 +87,8 @@ def test_what_stays_float32_does(eulerstack: Run, saved: Path, stopped: Path, tm
 
 BAD = {
     "no folder": (["inspect", "nowhere"], "nowhere is no checkpoint"),
+    "a run": (["inspect", "run"], "give run/checkpoint"),
+    "a state": (["inspect", "junk.ckpt"], "make one by `eulerstack checkpoint convert junk.ckpt DIR`"),
     "cut short": (["inspect", "cut"], "model.safetensors is damaged: it is cut short"),
     "nothing": (["convert", "nowhere", "out"], "there is no nowhere"),
     "junk": (["convert", "junk.ckpt", "out"], "junk.ckpt cannot be read"),
@@ -105,6 +107,7 @@ def test_bad_words_are_sentences(
     Path("junk.ckpt").write_bytes(b"junk")
     torch.save({"weights": 1}, "other.ckpt")
     es.save_checkpoint(es.load_checkpoint("good"), "cut")
+    es.save_checkpoint(es.load_checkpoint("good"), "run/checkpoint")
     weights = Path("cut/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-5])
     words, wanted = BAD[name]

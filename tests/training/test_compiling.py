@@ -13,6 +13,7 @@ from eulerstack.training.compiling import compile_blocks
 from eulerstack.training.keeping import WholeFiles
 
 from .conftest import QUIET
+from .test_ranks import WAYS, launched, same, stack
 
 pytestmark = [
     pytest.mark.usefixtures("lightnings_own_warnings"),
@@ -88,3 +89,19 @@ def test_names_stay_and_experts_are_left_alone() -> None:
     for block in model.blocks:
         assert getattr(block.ffn.forward, "_torchdynamo_disable", False)
         assert block._compiled_call_impl is not None
+
+
+@pytest.mark.slow
+def test_compiled_layers_on_two_ranks_train_and_resume(tmp_path: Path) -> None:
+    """Names and shapes in the sharded checkpoint are those of one process, whose layers are not compiled."""
+    case: dict[str, Any] = {"spec": stack("attention", "retnet"), "steps": 2, "strategy": "auto"}
+    one = launched(tmp_path / "one", [{**case, "name": "one", "steps": 3}], 1)["one"]
+    case["options"] = {"compile": True, "kernels": "torch"}
+    cases = []
+    for name, way in WAYS.items():
+        cases.append({**case, **way, "name": name, "save": f"{name}.ckpt"})
+        cases.append({**case, **way, "name": f"{name}-on", "steps": 3, "resume": f"{name}.ckpt", "gradients": False})
+    found = launched(tmp_path / "two", cases, 2)
+    for name in WAYS:
+        first, rest = found[name], found[f"{name}-on"]
+        same(one, {**rest, "losses": first["losses"] + rest["losses"], "grads": first["grads"]}, 1e-9)
