@@ -125,7 +125,7 @@ class Ranges:
     """Named ranges around the forward of every part of a stack, until they are closed."""
 
     def __init__(self, stack: Stack) -> None:
-        self._stack, self._losses = stack, stack.losses
+        self._stack, self._losses, self._was = stack, stack.losses, vars(stack).get("losses")
         self._open: list[record_function] = []
         self._hooks = [hook for name, part in parts(stack) for hook in self._around(name, part)]
         stack.losses = self._ranged  # type: ignore[method-assign]
@@ -155,7 +155,9 @@ class Ranges:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        del self._stack.losses  # the class's again
+        del self._stack.losses  # the class's again, or what sharding had put before it
+        if self._was is not None:
+            self._stack.losses = self._was  # type: ignore[method-assign]
 
 
 def parts(stack: Stack) -> Iterator[tuple[str, nn.Module]]:

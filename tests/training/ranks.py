@@ -77,6 +77,23 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """How often gradients are summed over ranks and scattered."""
+    done: list[int] = []
+    true = torch.distributed.reduce_scatter_tensor
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        done.append(1)
+        return true(*args, **kwargs)
+
+    torch.distributed.reduce_scatter_tensor = counting
+    try:
+        yield done
+    finally:
+        torch.distributed.reduce_scatter_tensor = true
+
+
 def groups_of(module: StackModule) -> list[Any]:
     """The optimizer's groups by the names of their parameters."""
     names = {p: name for name, p in module.model.named_parameters()}
@@ -89,7 +106,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     L.seed_everything(case.get("seed", 3), verbose=False)
     spec = from_data(case["spec"], "case")
     module = StackModule(spec, lr_peak=3e-3, schedule="constant", **case.get("options", {}))
-    if "weights" in case:
+    if case.get("weights") is not None:
         module.weights = Path(case["weights"])
     watch = Watch(case.get("gradients", True))
     strategy = FSDP2(case.get("tensor", 1)) if case["strategy"] == "fsdp2" else case["strategy"]
@@ -104,7 +121,8 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     rows = Rows(module, case.get("batches", 100), spec.model.vocab_size)
     resumed = folder / case["resume"] if "resume" in case else None
-    trainer.fit(module, rows, ckpt_path=resumed, weights_only=True)
+    with counted() as reductions:
+        trainer.fit(module, rows, ckpt_path=resumed, weights_only=True)
     if "save" in case:
         trainer.save_checkpoint(folder / case["save"])
     weights = {name: whole(p) for name, p in module.model.named_parameters()}
@@ -115,6 +133,8 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "weights": weights,
         "groups": groups_of(module),
         "dtypes": dtypes,
+        "reductions": len(reductions),
+        "bits": float(trainer.callback_metrics.get("val_bits_per_byte", 0)),
     }
 
 

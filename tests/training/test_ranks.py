@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from eulerstack.checkpoint import save_checkpoint
+from eulerstack.layers.share import Share
+from eulerstack.mixers import Mixer, Retention
+from eulerstack.model import build
+from eulerstack.spec import from_data
+
 MLP = {"type": "mlp", "activation": "gelu", "bias": True}
 GATED = {"type": "gated_mlp", "bias": True}
 MOE = {"type": "moe", "mlp_ratio": 0.5, "moe": {"experts": 4, "top_k": 2, "shared_experts": 1, "z_loss": 0.01}}
@@ -134,10 +140,36 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
         cases.append({**case, **way, "name": name, "save": f"{name}.ckpt"})
         cases.append({**case, **way, "name": f"{name}-on", "steps": 3, "resume": f"{name}.ckpt", "gradients": False})
     found = launched(tmp_path / "two", cases, 2)
+    layers, steps, heads = len(LAYERS), 2, 2  # one more for the modules that look ahead, one for what is no layer
+    assert found["fsdp2"]["reductions"] == steps * (layers + heads), "once an optimizer step, not once a batch"
     for name in WAYS:
         first, rest = found[name], found[f"{name}-on"]
         whole = {**rest, "losses": first["losses"] + rest["losses"], "grads": first["grads"]}
         same(one, whole, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("layer", "model", "of", "what"),
+    [
+        ("attention", {}, 3, r"layer 0 \(attention\): model\.n_heads = 4 cannot be split over 3 ranks"),
+        ("attention", {}, 4, r"model\.n_kv_heads = 2 cannot be split over 4"),
+        ("mamba2_groups", {}, 4, r"mamba\.n_groups = 2 cannot be split over 4"),
+        ("rwkv", {"d_model": 36, "mlp_ratio": 1.5}, 4, "hidden width of an ffn, .* = 54 cannot be split over 4"),
+    ],
+)
+def test_what_does_not_divide_is_refused(layer: str, model: dict[str, Any], of: int, what: str) -> None:
+    block = build(from_data(stack(layer, model=model), "case"), "meta").blocks[0]
+    with pytest.raises(ValueError, match=what):
+        block.split(Share(0, of))
+
+
+def test_a_mixer_without_a_plan_is_refused() -> None:
+    class Plain(Retention):
+        split = Mixer.split
+
+    mixer = object.__new__(Plain)
+    with pytest.raises(ValueError, match="Plain has no plan for tensor parallelism; train it with tensor_parallel 1"):
+        mixer.split(Share(0, 2))
 
 
 @pytest.mark.slow
@@ -156,7 +188,8 @@ def test_every_mixer_in_twenty_steps(layer: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_both_sides_of_a_mesh_at_once(tmp_path: Path) -> None:
     """FSDP2 and tensor parallelism on four ranks, which go on as two, and as one."""
-    case = {"spec": stack(*LAYERS), "steps": 3, "accumulate": 2, "strategy": "auto"}
+    case = {"spec": stack(*LAYERS, training_hints={"checkpointing": "selective"}), "steps": 3, "accumulate": 2}
+    case["strategy"] = "auto"
     one = launched(tmp_path / "one", [{**case, "name": "one", "steps": 6}], 1)["one"]
     both = {**case, "strategy": "fsdp2", "tensor": 2, "name": "four", "save": "four.ckpt"}
     first = launched(tmp_path, [both], 4)["four"]
@@ -199,3 +232,28 @@ def test_lower_precision_over_ranks(precision: str, tmp_path: Path) -> None:
     for found in launched(tmp_path / "two", [{**case, **way, "name": name} for name, way in WAYS.items()], 2).values():
         assert found["dtypes"] == one["dtypes"]
         assert found["losses"] == pytest.approx(one["losses"], rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positional", ["alibi", "rope"])
+def test_a_single_key_head_and_alibi(positional: str, tmp_path: Path) -> None:
+    embedding = {"type": "learned", "positional": positional}
+    one_key = stack("attention", "sinks", model={"n_kv_heads": 1}, embedding=embedding)
+    case = {"spec": one_key, "strategy": "auto"}
+    one = launched(tmp_path / "one", [{**case, "name": "one"}], 1)["one"]
+    for found in launched(tmp_path / "two", [{**case, **way, "name": name} for name, way in WAYS.items()], 2).values():
+        same(one, found, 1e-9)
+
+
+@pytest.mark.slow
+def test_a_checkpoints_weights_come_in_parts(tmp_path: Path) -> None:
+    spec = stack(*LAYERS)
+    torch.manual_seed(11)
+    save_checkpoint(build(from_data(spec, "case"), dtype=torch.float64), tmp_path / "weights")
+    case = {"spec": spec, "strategy": "auto", "weights": str(tmp_path / "weights"), "steps": 1}
+    one = launched(tmp_path / "one", [{**case, "name": "one"}], 1)["one"]
+    assert (
+        one["losses"] != launched(tmp_path / "one", [{**case, "name": "drawn", "weights": None}], 1)["drawn"]["losses"]
+    )
+    for found in launched(tmp_path / "two", [{**case, **way, "name": name} for name, way in WAYS.items()], 2).values():
+        same(one, found, 1e-9)
