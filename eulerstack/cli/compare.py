@@ -13,7 +13,16 @@ from .words import count_mixers, design, ffn_name, in_bytes, mixer_name, norm_li
 
 Rows = dict[str, str]
 CONTEXT = 8192
-SAID_ELSEWHERE = {"name", "family_hint", "target_params", "mlp_ratio", "n_kv_heads", "tie_weights", "head_template"}
+SAID_ELSEWHERE = {
+    "name",
+    "family_hint",
+    "target_params",
+    "mlp_ratio",
+    "n_kv_heads",
+    "tie_weights",
+    "head_template",
+    "mup",
+}
 
 
 def compare(first: str, second: str, settings: tuple[str, ...]) -> None:
@@ -49,6 +58,8 @@ def decisions(spec: StackSpec) -> Rows:
     layers = expand(spec)
     rows = {"layers": str(len(layers)), "mixers": _counted(count_mixers(layers)), "order": pattern(layers)}
     rows |= _flat("model", spec.model)
+    base = spec.model.base
+    rows["muP"] = "none" if spec.model.mup is None else f"from d_model {base.d_model}, {base.n_heads} heads"
     rows["heads of keys and values"] = str(spec.model.kv_heads)
     rows |= {key: ", ".join(values) for key, values in _options(layers).items()}
     rows["FFNs"] = _counted(Counter(_ffn(layer) for layer in layers))
@@ -68,9 +79,11 @@ def _flat(prefix: str, block: Any) -> Rows:
     """The keys of a block and of those in it, dotted."""
     rows: Rows = {}
     for key, value in block:
+        if key in SAID_ELSEWHERE:
+            continue
         if hasattr(type(value), "model_fields"):
             rows |= _flat(f"{prefix}.{key}", value)
-        elif key not in SAID_ELSEWHERE:
+        else:
             rows[f"{prefix}.{key}"] = plain(value)
     return rows
 

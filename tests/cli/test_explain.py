@@ -65,6 +65,8 @@ def test_the_tree_tells_repeats_overrides_shared_weights_and_branches(file: Path
 def test_a_setting_is_explained(file: Path, eulerstack: Run) -> None:
     done = eulerstack("explain", str(file), "--set", "layer_schedule.0.repeat=4", "--set", "model.d_model=128")
     assert "19 layers, d_model 128" in done.output
+    done = eulerstack("explain", str(file), "--set", "model.mup={d_model: 32, n_heads: 2}")
+    assert "muP: the learning rates of d_model 32 with 2 heads" in done.output
     done = eulerstack("explain", str(file), "--set", "model.d_mdel=128")
     assert done.exit_code == 2
     assert "did you mean 'd_model'?" in done.output

@@ -95,6 +95,7 @@ def test_branches_and_later_heads_are_compiled(eulerstack: Run) -> None:
 
 CHANGES = {
     "model.n_kv_heads=1": {"heads of keys and values": ("2", "1")},
+    "model.mup.d_model=128": {"muP": ("none", "from d_model 128, 4 heads")},
     "model.mlp_ratio=2": {"FFNs": ("6 gated_mlp swiglu of 256", "6 gated_mlp swiglu of 512"), "layers that differ": ("all 6", "all 6")},
     "layer_templates.retnet_layer.mixer.retnet.gamma=learned": {"retnet.gamma": ("eq8", "learned"), "layers that differ": ("1, 3", "1, 3")},
     "layer_schedule.4.template=attn_layer": {
