@@ -78,6 +78,22 @@ def test_slurm_is_asked_to_queue_the_job_again(stack_file: Path, corpus: Path, t
     assert not list((tmp_path / "told").glob("hpc_ckpt*"))  # Lightning's, of the middle of a step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_of_two_processes_both_stop_after_the_same_step(
+    strategy: str, stack_file: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Though one of them was told. What they leave goes on to the end."""
+    words = [*fit_words(stack_file, corpus, "told", 60), "--trainer.accelerator", "cpu", "--trainer.max_epochs", "-1"]
+    words += ["--trainer.devices", "2", "--trainer.strategy", strategy]
+    code, said = told(signal.SIGTERM, words, tmp_path)
+    assert code == 143, said
+    assert said.count("stopped by SIGTERM after step") == 1
+    done = eulerstack(*words, "--ckpt_path", "last", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "told" / "checkpoint").exists()
+
+
 def test_a_queue_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     stopped = Preempted(signal.SIGUSR1, 5, True, "77_3")
