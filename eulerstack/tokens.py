@@ -102,7 +102,7 @@ class HuggingFace:
         return text if text and "\ufffd" not in text else self.backend.id_to_token(token) or f"token:{token}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.file.read_bytes())
+        digest = hashlib.sha256(self.backend.to_str().encode())  # the same for the copy that a checkpoint has
         digest.update(repr(self._special).encode())
         return digest.hexdigest()
 

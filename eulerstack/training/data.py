@@ -114,6 +114,18 @@ class TextData(L.LightningDataModule):
         model = getattr(self.trainer, "lightning_module", None)
         folder = None if model is None or self.tokenizer is not None else model.weights
         self._read_by(None if model is None else model.spec, folder)
+        if model is not None and model.weights is not None and self.tokenizer is not None:
+            self._check_trained_with(model.spec.tokenizer_contract, model.weights)
+
+    def _check_trained_with(self, contract: ByteTokenizer | HFTokenizer, weights: Path) -> None:
+        """Raises ValueError where a checkpoint's weights were trained with another tokenizer than data.tokenizer."""
+        assert self.text_tokenizer is not None
+        there = (weights / "tokenizer.json").is_file()
+        if there and tokenizer_of(contract, weights).fingerprint() != self.text_tokenizer.fingerprint():
+            raise ValueError(
+                f"data.tokenizer = {self.tokenizer!r} is another tokenizer than the one in {weights}, with which its "
+                "weights were trained; leave data.tokenizer out"
+            )
 
     def _read_by(self, spec: StackSpec | None, folder: Path | None = None) -> None:
         """By a stack's tokenizer; a checkpoint's own, in `folder`, comes first."""

@@ -12,8 +12,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 
 from ..tokens import Tokenizer
 from .corpus import Shard
@@ -45,8 +47,13 @@ class Stream:
     def __getitem__(self, index: int) -> Item:
         if self._opened[0] != os.getpid():  # what is open does not outlive a fork
             self._opened = os.getpid(), _dataset(self.place, self.cache)
-        found = self._opened[1][index]
-        tokens, document, may = (np.asarray(found[key]) for key in ("tokens", "document", "may"))
+        try:
+            found = self._opened[1][index]
+            tokens, document, may, kept = (np.asarray(found[key]) for key in ("tokens", "document", "may", "sum"))
+        except Exception as error:  # each store has its own
+            raise OSError(f"row {index} of {self.place} cannot be read: {error}") from error
+        if int(kept[0]) != _sum(tokens, document, may):
+            raise OSError(f"row {index} of {self.place} is not as it was written: copy the rows there again")
         return Item(tokens.astype(np.int64), document.astype(np.int64), may.astype(np.bool_))
 
 
@@ -111,8 +118,14 @@ def _write(folder: Path, rows: RowSet, shard: Shard, tokenizer: Tokenizer) -> di
 
 def _packed(item: Item, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Which tokens belong together is kept, and not which document of the corpus it was."""
+    tokens, may = item.tokens.astype(dtype), item.may.astype(np.uint8)
     document = (item.document - item.document[0]).astype(np.uint32)
-    return {"tokens": item.tokens.astype(dtype), "document": document, "may": item.may.astype(np.uint8)}
+    kept = np.array([_sum(tokens, document, may)], dtype=np.uint32)
+    return {"tokens": tokens, "document": document, "may": may, "sum": kept}
+
+
+def _sum(*arrays: npt.NDArray[Any]) -> int:
+    return crc32(b"".join(array.tobytes() for array in arrays))
 
 
 def _write_items(folder: Path, items: Any, block: int) -> None:

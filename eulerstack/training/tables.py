@@ -13,15 +13,19 @@ Place = tuple[int, int, int, int]  # begin, end, number of the first row, bytes
 def dataset_files(folder: Path) -> set[Path] | None:
     """The files that hold the rows of what `datasets` saved to this folder; None where it is no such folder.
 
-    Raises ValueError where what the folder says of itself cannot be read.
+    Raises ValueError where what the folder says of itself cannot be read, or names a file that is missing.
     """
     state = folder / "state.json"
     if not (state.is_file() and (folder / "dataset_info.json").is_file()):
         return None
     try:
-        return {folder / file["filename"] for file in json.loads(state.read_bytes())["_data_files"]}
+        files = {folder / file["filename"] for file in json.loads(state.read_bytes())["_data_files"]}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{state} is damaged: save the dataset again with its save_to_disk") from None
+    for file in sorted(files):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, and {state} names it: copy the whole folder, or save it again")
+    return files
 
 
 def table_pieces(path: Path, size: int) -> list[Place]:

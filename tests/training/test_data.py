@@ -1,5 +1,6 @@
 """Text to batches: every token a target once, the split by file, the order a function of the seed."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 
 import eulerstack as es
-from eulerstack.tokens import Bytes
+from eulerstack.tokens import Bytes, tokenizer_of
 from eulerstack.training import corpus as module
 from eulerstack.training.merging import yardsticks
 from eulerstack.training.splits import is_held, with_both
 
 from ..inference.test_generate import word_tokenizer
+from .conftest import QUIET
 
 
 def data(corpus: Path, **options: object) -> es.TextData:
@@ -159,6 +161,29 @@ def test_a_tokenizer_beside_a_byte_stack_is_refused(corpus: Path, tmp_path: Path
     )
     with pytest.raises(ValueError, match="tokenizer_contract is byte"):
         trainer.fit(es.StackModule(str(stack_file)), made)
+
+
+@pytest.mark.usefixtures("lightnings_own_warnings")
+def test_a_checkpoint_is_not_read_with_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    import lightning as L
+
+    file = word_tokenizer(tmp_path)
+    contract = {"type": "hf", "pretrained": str(file), "add_bos": False, "add_eos": False}
+    spec = es.StackBuilder(d_model=8, n_heads=2, vocab_size=8, max_seq_len=64, tokenizer_contract=contract)
+    model = es.build(spec.add("retnet").spec())
+    es.save_checkpoint(model, tmp_path / "trained", tokenizer_of(model.spec.tokenizer_contract))
+    (tmp_path / "other").mkdir()
+    other = file.read_text().replace('cat"', 'dog"')
+    (tmp_path / "other" / "tokenizer.json").write_text(other)
+    for given, refused in ((None, False), (str(file), False), (str(tmp_path / "other"), True)):
+        made = es.TextData(str(corpus), tokenizer=given, seq_len=16, cache_dir=str(tmp_path / "cache"))
+        trainer = L.Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+        expected = (
+            pytest.raises(ValueError, match=r"is another tokenizer than the one in .*trained") if refused else None
+        )
+        with expected or nullcontext():
+            trainer.fit(es.StackModule(tmp_path / "trained"), made)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the checkpoint's copy of the tokenizer is the same one
 
 
 def test_files_that_are_no_utf8_are_named(corpus: Path) -> None:

@@ -129,3 +129,21 @@ def test_no_stream_and_no_room_are_sentences(corpus: Path, written: Path, tmp_pa
         ready("local:/nowhere", tmp_path / "cache")
     with pytest.raises(ValueError, match="is there already: give a folder that is not"):
         data(str(corpus), tmp_path / "cache").write_stream(written)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # litdata's
+@pytest.mark.parametrize("damage", ["changed", "missing", pytest.param("truncated", marks=pytest.mark.slow)])
+def test_a_damaged_chunk_is_a_sentence(written: Path, tmp_path: Path, damage: str) -> None:
+    """litdata waits two minutes for a chunk to have its size."""
+    chunk = written / "train" / "chunk-0-2.bin"
+    content = chunk.read_bytes()
+    if damage == "missing":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(content[:-90] if damage == "truncated" else content[:-90] + b"~" + content[-89:])
+    (stream,) = ready(f"local:{written}", tmp_path / "cache", packing="packed")._sets("train")
+    block = stream.block  # type: ignore[attr-defined]
+    assert len(stream[2 * block - 1].tokens)
+    word = "is not as it was written" if damage == "changed" else "cannot be read"
+    with pytest.raises(OSError, match=rf"row \d+ of .*train {word}"):
+        [stream[index] for index in range(2 * block, 3 * block)]

@@ -107,6 +107,9 @@ def test_a_damaged_table_is_a_sentence(tmp_path: Path, name: str) -> None:
 
 def test_a_damaged_folder_is_a_sentence(tmp_path: Path) -> None:
     folder = saved_by_hand(tmp_path / "saved", ROWS)
+    (folder / "data-00000-of-00001.arrow").rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match=r"data-00000-of-00001\.arrow is missing, and .*state\.json names it"):
+        made(folder, tmp_path / "cache")
     (folder / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"state\.json is damaged"):
         made(folder, tmp_path / "cache")
