@@ -64,13 +64,18 @@ def check_carries(module: L.LightningModule, longest: int) -> None:
     """Raises ValueError for a stack that cannot carry its state through documents of up to `longest` tokens."""
     if isinstance(module.trainer.strategy, ModelParallelStrategy):
         raise ValueError("data.carry_state trains on one device or with strategy ddp, and not with fsdp2")
-    model: Any = module.model
+    trained: Any = module  # a StackModule, whose file imports this one
+    model = trained.model
     assert isinstance(model, Stack)
     limit, hints = model.spec.model.max_seq_len, model.spec.training_hints
     if hints.checkpointing != "none":
         raise ValueError(
             f"data.carry_state and checkpointing = {hints.checkpointing} do not go together; "
             "set checkpointing to none, and data.seq_len to what fits the memory"
+        )
+    if trained.compiled:
+        raise ValueError(
+            "data.carry_state runs layers in their chunkwise form, which is not compiled; leave compile out"
         )
     if model.spec.head.mtp is not None:
         raise ValueError("data.carry_state trains no head that looks further ahead; give head.type: causal_lm")

@@ -237,3 +237,11 @@ def test_stacks_that_cannot_carry_are_refused(
     trainer = L.Trainer(max_steps=1, **QUIET)
     with pytest.raises(ValueError, match=message):
         trainer.fit(es.StackModule(str(stack_file), settings=settings), data(long_texts))
+
+
+def test_layers_that_are_compiled_do_not_carry(stack_file: Path, long_texts: Path) -> None:
+    module = es.StackModule(str(stack_file))
+    module.compiled = True  # as the option leaves it, where there is a compiler
+    module._built = es.build(module.spec)
+    with pytest.raises(ValueError, match="which is not compiled; leave compile out"):
+        L.Trainer(max_steps=1, **QUIET).fit(module, data(long_texts))

@@ -1,4 +1,4 @@
-"""The commands of docs/training.md and of examples/slurm are ones that `fit` takes."""
+"""The commands of docs/training.md, docs/data.md and of examples/slurm are ones that `fit` takes."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOLD = [ROOT / "docs" / "training.md", ROOT / "examples" / "slurm" / "train.sbatch"]
+TOLD = [ROOT / "docs" / "training.md", ROOT / "examples" / "slurm" / "train.sbatch", ROOT / "docs" / "data.md"]
 OTHERS = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--kill-on-bad-exit", "--requeue"}
 OTHERS |= {"--batch", "--tokens", "--help", "--logger.save_dir"}
 
@@ -27,4 +27,4 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str]) -> None:
         text = "\n".join(line for line in file.read_text().splitlines() if not line.startswith("#SBATCH"))
         given = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)) - OTHERS
         nested = {option for option in given if option.startswith("--trainer.logger.")}  # by the logger that is named
-        assert given - nested <= known | {"--preset"}, (file.name, given - nested - known)
+        assert given - nested <= known | {"--preset", "--checkpoint"}, (file.name, given - nested - known)
