@@ -18,6 +18,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..layers.channels import ffn_flops
+from ..mixers import Mixer
 from ..model import Stack
 from .data import Batch
 from .module import StackModule
@@ -122,13 +123,19 @@ class Profile(L.Callback):
 
 
 class Ranges:
-    """Named ranges around the forward of every part of a stack, until they are closed."""
+    """Named ranges around every part of a stack, until they are closed.
+
+    Of a module that is called, by hooks; of a layer or mixer that continues a state, around the method.
+    """
 
     def __init__(self, stack: Stack) -> None:
-        self._stack, self._losses, self._was = stack, stack.losses, vars(stack).get("losses")
         self._open: list[record_function] = []
+        self._wrapped: list[tuple[nn.Module, str, Any]] = []
         self._hooks = [hook for name, part in parts(stack) for hook in self._around(name, part)]
-        stack.losses = self._ranged  # type: ignore[method-assign]
+        for name, part in parts(stack):
+            self._wrap(part, "chunkwise" if isinstance(part, Mixer) else "continued", name)
+        for method in ("losses", "losses_from"):
+            self._wrap(stack, method, HEAD)
 
     def _around(self, name: str, part: nn.Module) -> Iterator[Any]:
         def begin(module: nn.Module, inputs: Any) -> None:
@@ -140,9 +147,17 @@ class Ranges:
         yield part.register_forward_pre_hook(begin)
         yield part.register_forward_hook(end, always_call=True)  # a layer that is computed again stops early
 
-    def _ranged(self, *args: Any, **kwargs: Any) -> Any:
-        with record_function(MARK + HEAD):
-            return self._losses(*args, **kwargs)
+    def _wrap(self, part: nn.Module, method: str, name: str) -> None:
+        own, was = getattr(part, method, None), vars(part).get(method)
+        if own is None:
+            return
+
+        def ranged(*args: Any, **kwargs: Any) -> Any:
+            with record_function(MARK + name):
+                return own(*args, **kwargs)
+
+        setattr(part, method, ranged)
+        self._wrapped.append((part, method, was))
 
     def open(self, name: str) -> None:
         made = record_function(MARK + name)
@@ -155,9 +170,10 @@ class Ranges:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        del self._stack.losses  # the class's again, or what sharding had put before it
-        if self._was is not None:
-            self._stack.losses = self._was  # type: ignore[method-assign]
+        for part, method, was in self._wrapped:
+            delattr(part, method)  # the class's again, or what sharding had put before it
+            if was is not None:
+                setattr(part, method, was)
 
 
 def parts(stack: Stack) -> Iterator[tuple[str, nn.Module]]:

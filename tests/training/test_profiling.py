@@ -20,9 +20,13 @@ pytestmark = [
 ]
 
 
-def recorded(stack_file: Path, corpus: Path, tmp_path: Path, steps: int = WARM + STEPS, **options: Any) -> es.Stack:
+def recorded(
+    stack_file: Path, corpus: Path, tmp_path: Path, steps: int = WARM + STEPS, carry_state: bool = False, **options: Any
+) -> es.Stack:
     module = es.StackModule(str(stack_file), **options)
-    data = es.TextData(str(corpus), seq_len=256, batch_size=4, cache_dir=str(tmp_path / "cache"))
+    data = es.TextData(
+        str(corpus), seq_len=256, batch_size=4, cache_dir=str(tmp_path / "cache"), carry_state=carry_state
+    )
     watcher = Profile(tmp_path / "profile")
     trainer = L.Trainer(
         max_steps=steps, accumulate_grad_batches=2, val_check_interval=2, limit_val_batches=1, callbacks=[watcher],
@@ -32,9 +36,12 @@ def recorded(stack_file: Path, corpus: Path, tmp_path: Path, steps: int = WARM +
     return module.model
 
 
-@pytest.mark.parametrize("policy", ["none", pytest.param("selective", marks=pytest.mark.slow)])
-def test_the_parts_are_the_step(policy: str, stack_file: Path, corpus: Path, tmp_path: Path) -> None:
-    stack = recorded(stack_file, corpus, tmp_path, checkpointing=policy)
+WAYS: list[dict[str, Any]] = [{}, {"checkpointing": "selective"}, {"carry_state": True}]
+
+
+@pytest.mark.parametrize("way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])])
+def test_the_parts_are_the_step(way: dict[str, Any], stack_file: Path, corpus: Path, tmp_path: Path) -> None:
+    stack = recorded(stack_file, corpus, tmp_path, **way)
     lines = [re.split(" {2,}", line) for line in (tmp_path / "profile" / "table.txt").read_text().splitlines()]
     cells = {name: row for name, *row in lines[1:]}
     layers = {"mamba", "retnet", "attention", "ffn: gated_mlp", "norms"}
@@ -51,7 +58,8 @@ def test_the_parts_are_the_step(policy: str, stack_file: Path, corpus: Path, tmp
         event.get("name") for event in json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
     }
     assert {"eulerstack::mamba", "eulerstack::attention"} <= names
-    assert "losses" not in vars(stack) and not stack.blocks[0].mixer._forward_hooks
+    assert not {"losses", "losses_from"} & set(vars(stack)) and "chunkwise" not in vars(stack.blocks[0].mixer)
+    assert not stack.blocks[0].mixer._forward_hooks
 
 
 def test_flops_are_those_that_mfu_counts() -> None:
