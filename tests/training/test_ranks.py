@@ -257,3 +257,18 @@ def test_a_checkpoints_weights_come_in_parts(tmp_path: Path) -> None:
     )
     for found in launched(tmp_path / "two", [{**case, **way, "name": name} for name, way in WAYS.items()], 2).values():
         same(one, found, 1e-9)
+
+
+@pytest.mark.slow
+def test_layers_that_are_computed_again_are_the_same_on_two_ranks(tmp_path: Path) -> None:
+    case: dict[str, Any] = {"spec": stack("attention", "gated_retnet", "mamba2", "branched"), "strategy": "auto"}
+    one = launched(tmp_path / "one", [{**case, "name": "one"}], 1)["one"]
+    options = {policy: {"options": {"checkpointing": policy}} for policy in ("selective", "block")}
+    cases = [
+        {**case, **way, **given, "name": f"{name}-{policy}"}
+        for name, way in WAYS.items()
+        for policy, given in options.items()
+    ]
+    found = launched(tmp_path / "two", cases, 2)
+    for name in found:
+        same(one, found[name], 1e-9)
