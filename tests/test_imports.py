@@ -27,9 +27,11 @@ MAY_IMPORT = {
     "stored": set(),
     "checkpoint": {"disk", "model", "spec", "stored", "tokens"},
     "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
+    "data": {"disk", "segments", "tokens"},
     "training": {
         "block",
         "checkpoint",
+        "data",
         "devices",
         "disk",
         "groups",

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from ..data.batches import Batch
 from ..layers.loss import Average
 from ..layers.share import Share
 from ..mixers.cached import CachedAttention
 from ..model import Stack
 from ..state import StackState
-from .batches import Batch
 
 
 class Carry:

@@ -9,15 +9,15 @@ import lightning as L
 import numpy as np
 import torch
 
+from ..data.batches import Batch, Batches
+from ..data.corpus import Shard, shards
+from ..data.order import InOrder, InStreams, Mixed, Order, Shuffled
+from ..data.rows import PACKINGS, RowSet, Streamed, Together, Windows
+from ..data.sources import Source, sources_of
+from ..data.streaming import Stream, is_stream, open_streams, write_streams
 from ..spec import ByteTokenizer, HFTokenizer, StackSpec, load
 from ..tokens import Tokenizer, check_fits, tokenizer_of
-from .batches import Batch, Batches
 from .carry import check_carries
-from .corpus import Shard, shards
-from .order import InOrder, InStreams, Mixed, Order, Shuffled
-from .rows import PACKINGS, RowSet, Streamed, Together, Windows
-from .sources import Source, sources_of
-from .streaming import Stream, is_stream, open_streams, write_streams
 
 __all__ = ["Batch", "Batches", "TextData"]
 

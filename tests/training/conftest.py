@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import eulerstack as es
-from eulerstack.training.batches import Batches
-from eulerstack.training.order import InOrder
-from eulerstack.training.rows import Together
+from eulerstack.data.batches import Batches
+from eulerstack.data.order import InOrder
+from eulerstack.data.rows import Together
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from eulerstack.data.batches import Batch, collate
+from eulerstack.data.rows import Item
 from eulerstack.spec import from_data
-from eulerstack.training.batches import Batch, collate
 from eulerstack.training.module import StackModule
-from eulerstack.training.rows import Item
 from eulerstack.training.strategy import FSDP2
 from tests.training.conftest import QUIET
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import eulerstack as es
-from eulerstack.training.batches import Batch, Batches
+from eulerstack.data.batches import Batch, Batches
 
 
 class Reader(L.LightningModule):

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import eulerstack as es
+from eulerstack.data.order import InStreams
+from eulerstack.data.rows import Streamed, Windows
 from eulerstack.segments import Segments
 from eulerstack.state import StackState
-from eulerstack.training.order import InStreams
-from eulerstack.training.rows import Streamed, Windows
 
 from .conftest import QUIET
 from .test_documents import KINDS

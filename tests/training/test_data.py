@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import eulerstack as es
+from eulerstack.data import corpus as module
+from eulerstack.data.merging import yardsticks
+from eulerstack.data.splits import is_held, with_both
 from eulerstack.tokens import Bytes, tokenizer_of
-from eulerstack.training import corpus as module
-from eulerstack.training.merging import yardsticks
-from eulerstack.training.splits import is_held, with_both
 
 from ..inference.test_generate import word_tokenizer
 from .conftest import QUIET

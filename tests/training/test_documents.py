@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import eulerstack as es
+from eulerstack.data.packing import first_fit, pieces
 from eulerstack.training.data import Batch
-from eulerstack.training.packing import first_fit, pieces
 
 from .conftest import in_order
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from eulerstack.training.order import InOrder, Order, Shuffled
-from eulerstack.training.rows import NO_ROW
+from eulerstack.data.order import InOrder, Order, Shuffled
+from eulerstack.data.rows import NO_ROW
 
 from .reader import rows_of, text_data
 

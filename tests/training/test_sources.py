@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eulerstack as es
-from eulerstack.training.order import Mixed
+from eulerstack.data.order import Mixed
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (7, 2, 1), (0.1, 0.2, 0.7), (1, 10_000, 3), (1e-6, 1)])

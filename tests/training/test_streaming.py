@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import eulerstack as es
-from eulerstack.training import streaming
-from eulerstack.training.order import NEAR, permuted
+from eulerstack.data import streaming
+from eulerstack.data.order import NEAR, permuted
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # files that litdata leaves to be collected

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import eulerstack as es
-from eulerstack.training import tokenizing
-from eulerstack.training.corpus import list_files
+from eulerstack.data import tokenizing
+from eulerstack.data.corpus import list_files
 
 pyarrow: Any = pytest.importorskip("pyarrow")
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eulerstack.data import tokenizing
+from eulerstack.data.corpus import Shard, list_files, shards
+from eulerstack.data.tokenizing import Parts
 from eulerstack.tokens import Bytes
-from eulerstack.training import tokenizing
-from eulerstack.training.corpus import Shard, list_files, shards
-from eulerstack.training.tokenizing import Parts
 
 FORK: Any = multiprocessing.get_context("fork")
 
