@@ -8,6 +8,7 @@ import torch
 
 import eulerstack as es
 from eulerstack.devices import DEVICES, recognise
+from eulerstack.layers.share import Share
 from eulerstack.training import throughput
 from eulerstack.training.throughput import Throughput, peak_memory
 
@@ -18,7 +19,7 @@ ROWS, TOKENS = 4, 32
 def run(stack_file: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A clock that is set by hand, a trainer that counts, and what was logged."""
     module = es.StackModule(str(stack_file))
-    found = SimpleNamespace(now=0.0, module=module, trainer=SimpleNamespace(global_step=0), logged={})
+    found = SimpleNamespace(now=0.0, module=module, trainer=SimpleNamespace(global_step=0, world_size=1), logged={})
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: found.now)
     monkeypatch.setattr(module, "log", lambda name, value, **_: found.logged.update({name: value}))
     return found
@@ -50,6 +51,19 @@ def test_validation_does_not_count_and_accumulation_does(run: Any) -> None:
     assert run.logged["tokens_per_second"] == pytest.approx(ROWS * TOKENS / 0.5)
     assert "mfu" not in run.logged
     assert run.logged["peak_memory_gib"] * 2**30 == pytest.approx(peak_memory(torch.device("cpu")), rel=0.1)
+
+
+def test_several_devices_share_tokens_and_peak(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of two that split each layer: twice the rows of one, over four peaks."""
+    monkeypatch.setattr(es.StackModule, "ranks", Share(0, 2))
+    run.trainer.world_size = 4
+    clock = Throughput(peak_flops=1e9)
+    clock.on_train_start(run.trainer, run.module)
+    batch_ends(run, clock, 1.0)
+    batch_ends(run, clock, 0.25)
+    assert run.logged["tokens_per_second"] == pytest.approx(2 * ROWS * TOKENS / 0.25)
+    flops = 3 * 2 * ROWS * es.estimate(run.module.spec).flops(TOKENS)
+    assert run.logged["mfu"] == pytest.approx(flops / 0.25 / 4e9)
 
 
 def test_mfu_is_a_step_of_three_forwards_over_the_peak(run: Any) -> None:
