@@ -105,10 +105,3 @@ def test_compiled_layers_on_two_ranks_train_and_resume(tmp_path: Path) -> None:
     for name in WAYS:
         first, rest = found[name], found[f"{name}-on"]
         same(one, {**rest, "losses": first["losses"] + rest["losses"], "grads": first["grads"]}, 1e-9)
-
-
-def test_carried_states_are_not_compiled(stack_file: Path, corpus: Path, tmp_path: Path) -> None:
-    data = es.TextData(str(corpus), seq_len=32, batch_size=4, cache_dir=str(tmp_path), carry_state=True)
-    module = es.StackModule(str(stack_file), kernels="torch", compile=True)
-    with pytest.raises(ValueError, match=r"carry_state runs layers in a form that --model\.compile leaves alone"):
-        L.Trainer(max_steps=1, **QUIET).fit(module, data)
