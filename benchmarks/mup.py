@@ -80,17 +80,18 @@ def trained(run: Run, data: es.TextData) -> float:
     return bits if math.isfinite(bits) else math.inf
 
 
-def rates(mup: bool, width: int) -> tuple[float, ...]:
-    """All at the base's width; around its best beyond it, and lower ones without muP."""
+def rates(mixer: str, mup: bool, width: int) -> tuple[float, ...]:
+    """All at the base's width; around its best beyond it, and lower ones without muP; mamba's are higher."""
     if width == BASE:
         return RATES if mup else ()
-    return RATES[2:5] if mup else RATES[:3]
+    up = mixer == "mamba"
+    return RATES[2 + up : 5 + up] if mup else RATES[up : 3 + up]
 
 
 def runs() -> Iterator[Run]:
     """Every point of the sweep, the cheap ones of a mixer first."""
     for seed, mixer, width, mup in product(SEEDS, MIXERS, WIDTHS, (True, False)):
-        yield from (Run(mixer, mup, width, rate, seed) for rate in rates(mup, width))
+        yield from (Run(mixer, mup, width, rate, seed) for rate in rates(mixer, mup, width))
 
 
 def found(file: Path) -> dict[Run, float]:
