@@ -78,7 +78,9 @@ def main(
         torch.set_default_dtype(torch.float64)
         L.seed_everything(1, verbose=False)
     watch, reader = Losses(), Reader()
-    module = reader if stack is None else es.StackModule(stack, schedule="constant", warmup_steps_ratio=0.0)
+    module = (
+        reader if stack is None else es.StackModule(stack, schedule="constant", warmup_steps_ratio=0.0, lr_peak=3e-4)
+    )
     trainer = trainer_of(devices, steps, *([] if stack is None else [watch]))
     trainer.fit(module, made, ckpt_path=resume)
     trainer.save_checkpoint(f"{out}/{steps}.ckpt")

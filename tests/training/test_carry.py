@@ -181,7 +181,7 @@ def fit(stack_file: Path, long_texts: Path, tmp_path: Path) -> Callable[..., es.
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_resumes_to_the_bit(fit: Callable[..., es.StackModule], tmp_path: Path, workers: int) -> None:
     straight = fit(30, workers=workers)
-    for stop in (7, 17):
+    for stop in (7, 17) if workers else (17,):  # the second in another epoch than the first
         fit(stop, workers=workers)
         resumed = fit(30, tmp_path / f"{stop}.ckpt", workers=workers)
         pairs = zip(resumed.model.parameters(), straight.model.parameters(), strict=True)
@@ -198,7 +198,7 @@ def test_a_run_resumes_to_the_bit(fit: Callable[..., es.StackModule], tmp_path: 
     assert not all(torch.equal(a, b) for a, b in pairs)  # the state does matter
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_other_precisions_carry(fit: Callable[..., es.StackModule], precision: str) -> None:
     module = fit(12, precision=precision)
     assert all(p.isfinite().all() for p in module.parameters())
