@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from eulerstack.data.batches import Batch, collate
@@ -81,17 +82,17 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 def counted() -> Iterator[list[int]]:
     """How often gradients are summed over ranks and scattered."""
     done: list[int] = []
-    true = torch.distributed.reduce_scatter_tensor
+    true = _fsdp_param_group.foreach_reduce
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         done.append(1)
         return true(*args, **kwargs)
 
-    torch.distributed.reduce_scatter_tensor = counting
+    _fsdp_param_group.foreach_reduce = counting
     try:
         yield done
     finally:
-        torch.distributed.reduce_scatter_tensor = true
+        _fsdp_param_group.foreach_reduce = true
 
 
 def groups_of(module: StackModule) -> list[Any]:
