@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import state_dict_saver as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoint import META
+from ..checkpoint import META, read_run
 from ..disk import to_disk
 from .module import StackModule
 
@@ -106,7 +106,7 @@ class FSDP2(ModelParallelStrategy):
         super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises ValueError for what is no such checkpoint, or one of another stack."""
+        """Raises ValueError for what is no such checkpoint, one of another stack, or one that is damaged."""
         path = Path(self.broadcast(checkpoint_path))
         if not (path / META).is_file():
             raise ValueError(
@@ -115,8 +115,14 @@ class FSDP2(ModelParallelStrategy):
             )
         module = self.lightning_module
         assert isinstance(module, StackModule)
-        module.check_same(torch.load(path / META, weights_only=True))
-        return super().load_checkpoint(path, weights_only)
+        module.check_same(read_run(path / META))
+        try:
+            return super().load_checkpoint(path, weights_only)
+        except Exception as error:  # a damaged file raises almost anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{path} cannot be read, it is damaged ({reason}); start a new run from a checkpoint directory"
+            ) from None
 
 
 def _moved(work: Path, path: Path) -> None:
