@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,7 +168,9 @@ def _stack_of_shards(folder: Path, dtype: torch.dtype | None) -> Stack:
     model = build(loads(read_run(folder / META)["stack"]), dtype=dtype)
     weights = {f"_built.{name}": weight for name, weight in model.state_dict().items()}
     try:
-        state_dict_loader.load({"state_dict": weights}, checkpoint_id=folder, no_dist=True)  # into the stack's own
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+            state_dict_loader.load({"state_dict": weights}, checkpoint_id=folder, no_dist=True)  # into the stack's own
     except (CheckpointException, OSError) as error:
         raise ValueError(f"{folder} cannot be read, it is damaged ({str(error).splitlines()[0]})") from None
     return model.eval()

@@ -89,8 +89,7 @@ class FSDP2(ModelParallelStrategy):
         try:
             write()
         except CheckpointException as error:
-            reasons = {str(failure[0]) for failure in error.failures.values()}
-            raise OSError(f"{path} cannot be written: {'; '.join(sorted(reasons))}") from None
+            raise OSError(f"{path} cannot be written: {_reason(error)}") from None
         if self.is_global_zero:
             _moved(work, path)
 
@@ -118,11 +117,20 @@ class FSDP2(ModelParallelStrategy):
         module.check_same(read_run(path / META))
         try:
             return super().load_checkpoint(path, weights_only)
-        except Exception as error:  # a damaged file raises almost anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # a damaged file raises almost anything; theirs is no Exception
             raise ValueError(
-                f"{path} cannot be read, it is damaged ({reason}); start a new run from a checkpoint directory"
+                f"{path} cannot be read, it is damaged ({_reason(error)}); start a new run from a checkpoint directory"
             ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on whichever rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _moved(work: Path, path: Path) -> None:
