@@ -152,7 +152,11 @@ BAD = {
     "no stack": (["fit"], ""),
     "no run to resume": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--ckpt_path", "last"], "there is no"),
     "no such point": (["fit", "--preset", "{file}", "--data.path", "{corpus}", "--ckpt_path", "x.ckpt"], "x.ckpt"),
-    "several devices": (["fit", "--preset", "{file}", "--trainer.devices", "2"], "--trainer.devices 1"),
+    "split without fsdp2": (["fit", "--preset", "{file}", "--tensor_parallel", "2"], "--trainer.strategy fsdp2"),
+    "devices left over": (
+        ["fit", "--preset", "{file}", "--trainer.strategy", "fsdp2", "--tensor_parallel", "2", "--trainer.devices", "1"],
+        "tensor_parallel = 2 does not divide the 1 devices of the run",
+    ),
     "untrained": (["test", "--checkpoint", "{file}", "--data.path", "{corpus}"], "freshly drawn weights"),
     "recipe out of range": (["fit", "--preset", "{file}", "--model.warmup_steps_ratio", "7"], "warmup_steps_ratio"),
     "unknown key": (["fit", "--preset", "{file}", "--data.seq_length", "3"], "seq_length"),
