@@ -51,6 +51,19 @@ class Order(Sampler[list[int]], ABC):
         return [*rows, *[NO_ROW] * (self.batch_size - len(rows))][rank * each : (rank + 1) * each]
 
 
+class Permutation:
+    """Permutations of so many rows, each a function of its seed; the last one is kept. block: see `permuted`."""
+
+    def __init__(self, rows: int, block: int | None = None) -> None:
+        self.rows, self.block = rows, block
+        self._drawn: tuple[tuple[int, ...], npt.NDArray[np.int64]] = ((), np.empty(0, dtype=np.int64))
+
+    def __call__(self, *seed: int) -> npt.NDArray[np.int64]:
+        if self._drawn[0] != seed:
+            self._drawn = seed, permuted(seed, self.rows, self.block)
+        return self._drawn[1]
+
+
 class InOrder(Order):
     """All rows from the first, each time; the last batch may be short."""
 
@@ -72,22 +85,18 @@ class Shuffled(Order):
         self, rows: int, batch_size: int, seed: int, share: tuple[int, int] = (0, 1), block: int | None = None
     ) -> None:
         super().__init__(batch_size, seed, share)
-        self.rows, self.block = rows, block
-        self._drawn: tuple[tuple[int | None, int], npt.NDArray[np.int64]] = ((None, -1), np.empty(0, dtype=np.int64))
+        self.rows = rows
+        self._permutation = Permutation(rows, block)
 
     def __len__(self) -> int:
         return max(1, self.rows // self.batch_size)
 
     def batch(self, at: int) -> list[int]:
+        assert self.seed is not None
         epoch, batch = divmod(at, len(self))
-        rows: list[int] = self._permutation(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+        order = self._permutation(self.seed, epoch)
+        rows: list[int] = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
         return rows
-
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        if self._drawn[0] != (self.seed, epoch):
-            assert self.seed is not None
-            self._drawn = (self.seed, epoch), permuted((self.seed, epoch), self.rows, self.block)
-        return self._drawn[1]
 
 
 class Mixed(Order):
@@ -110,10 +119,10 @@ class Mixed(Order):
         blocks: list[int | None] | None = None,
     ) -> None:
         super().__init__(batch_size, seed, share)
-        self.sizes, self.blocks = sizes, blocks or [None] * len(sizes)
+        self.sizes = sizes
+        self.permutations = [Permutation(*one) for one in zip(sizes, blocks or [None] * len(sizes), strict=True)]
         self.begins = [sum(sizes[:which]) for which in range(len(sizes))]
         self.of_rest = [one / sum(shares[which:]) for which, one in enumerate(shares)]
-        self._drawn: dict[int, tuple[tuple[int | None, int], npt.NDArray[np.int64]]] = {}
 
     def __len__(self) -> int:
         return max(1, sum(self.sizes) // self.batch_size)
@@ -134,12 +143,9 @@ class Mixed(Order):
         raise AssertionError("the last source takes all that is left")
 
     def _row(self, which: int, nth: int) -> int:
+        assert self.seed is not None
         epoch, at = divmod(nth, self.sizes[which])
-        if which not in self._drawn or self._drawn[which][0] != (self.seed, epoch):
-            assert self.seed is not None
-            drawn = permuted((self.seed, epoch, which), self.sizes[which], self.blocks[which])
-            self._drawn[which] = (self.seed, epoch), drawn
-        return self.begins[which] + int(self._drawn[which][1][at])
+        return self.begins[which] + int(self.permutations[which](self.seed, epoch, which)[at])
 
 
 def permuted(seed: tuple[int, ...], rows: int, block: int | None = None) -> npt.NDArray[np.int64]:
