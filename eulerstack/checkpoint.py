@@ -1,7 +1,6 @@
 """A trained stack as a directory: spec.yml, model.safetensors, the tokenizer's file, and a format version."""
 
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .disk import to_disk
+from .disk import put_folder
 from .model import Stack, build
 from .spec import StackSpec, dump, load, loads
 from .stored import FORMAT, HEADER, WEIGHTS, check_checkpoint
@@ -53,9 +52,9 @@ def save_checkpoint(
         header = {"format": FORMAT, "extensions": model.spec.extensions, **(notes or {})}
         (work / HEADER).write_text(json.dumps(header) + "\n")
         work.chmod(0o755)
-        for file in (*work.iterdir(), work):
-            to_disk(file)
-        _replace(folder, work)
+        if folder.exists():
+            check_checkpoint(folder)  # never delete what is not ours
+        put_folder(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -133,14 +132,18 @@ def read_run(file: Path, map_location: Any = "cpu", weights_only: bool = True) -
         try:
             found: dict[str, Any] = torch.load(data, map_location=map_location, weights_only=weights_only)
         except Exception as error:  # a damaged file raises almost anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"{file} cannot be read, it is damaged or no checkpoint of a run ({reason}); "
+                f"{file} cannot be read, it is damaged or no checkpoint of a run ({first_line(error)}); "
                 "resume from another .ckpt, or start a new run from a checkpoint directory"
             ) from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no checkpoint of a run: it holds a {type(found).__name__}")
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stack_of_run(file: Path, dtype: torch.dtype | None = None) -> Stack:
@@ -180,20 +183,3 @@ def with_dtype(spec: StackSpec, dtype: torch.dtype) -> StackSpec:
     """The same stack with another dtype, which `load_checkpoint` then takes."""
     name = str(dtype).removeprefix("torch.")
     return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": name})})
-
-
-def _replace(folder: Path, work: Path) -> None:
-    if folder.exists():
-        check_checkpoint(folder)  # never delete what is not ours
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.replace(folder, old / folder.name)
-        try:
-            os.replace(work, folder)
-        except OSError:
-            os.replace(old / folder.name, folder)
-            old.rmdir()
-            raise
-        shutil.rmtree(old)
-    else:
-        os.replace(work, folder)
-    to_disk(folder.parent)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,36 @@ def write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
         to_disk(file.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_folder(work: Path, place: Path) -> None:
+    """Move a folder to where another one may be, when all of it is on the disk.
+
+    Where one is, that takes two steps: `recover` puts it back if the process is killed between them.
+    """
+    for file in (*work.iterdir(), work):
+        to_disk(file)
+    old = _aside(place)
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    try:
+        os.replace(work, place)
+    except OSError:
+        recover(place)
+        raise
+    to_disk(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(place: Path) -> None:
+    """Put back what was moved aside for a folder that never came."""
+    if not place.exists() and _aside(place).exists():
+        os.replace(_aside(place), place)
+
+
+def _aside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.old")
 
 
 @contextmanager

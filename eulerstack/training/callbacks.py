@@ -9,6 +9,7 @@ import lightning as L
 
 from ..checkpoint import save_checkpoint
 from ..stored import check_checkpoint
+from .keeping import LAST
 from .module import StackModule
 
 
@@ -39,7 +40,7 @@ class Export(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.checkpoint_callback is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "resume" / "last.ckpt")
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, StackModule)

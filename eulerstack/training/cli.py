@@ -14,17 +14,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ..disk import recover
 from ..spec import hint_places, load
 from .background import InBackground
 from .callbacks import Export
 from .data import TextData
 from .diagnostics import Diagnostics
-from .keeping import KeepBest, WholeFiles
+from .keeping import LAST, KeepBest, WholeFiles
 from .module import StackModule
 from .preemption import Preempted, Preemption, signals_put_back
 from .profiling import Profile
 from .settings import table
-from .strategy import FSDP2, forget, recover
+from .strategy import FSDP2, forget
 from .throughput import Throughput
 
 DEFAULTS: dict[str, Any] = {
@@ -35,8 +36,6 @@ DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # `eulerstack explain` draws it
 }
 BAR_EVERY = 5
-LAST = Path("resume", "last.ckpt")
-"""In a run's folder: the state that `--ckpt_path last` goes on from."""
 
 
 class StackCLI(LightningCLI):
@@ -132,7 +131,7 @@ class StackCLI(LightningCLI):
         every = self._get(self.config, "resume_every")
         if every < 1:
             raise ValueError(f"--resume_every {every} must be 1 or more")
-        return ModelCheckpoint(root / "resume", "last", every_n_train_steps=every, enable_version_counter=False)
+        return ModelCheckpoint(last.parent, last.stem, every_n_train_steps=every, enable_version_counter=False)
 
 
 def _with_checkpoints(plugins: Any, disk: WholeFiles) -> list[Any]:

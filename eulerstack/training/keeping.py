@@ -15,6 +15,8 @@ from ..stored import check_checkpoint
 from .module import StackModule
 
 MEASURE = "val_bits_per_byte"
+LAST = Path("resume", "last.ckpt")
+"""In a run's folder: the state that `--ckpt_path last` goes on from."""
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -1,9 +1,8 @@
 """FSDP2: Lightning's strategy for weights that are sharded over devices, and layers that are split over them."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch.distributed.checkpoint import state_dict_saver as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoint import META, read_run
-from ..disk import to_disk
+from ..checkpoint import META, first_line, read_run
+from ..disk import put_folder
+from .background import Writer
 from .module import StackModule
 
 
@@ -31,8 +31,7 @@ class FSDP2(ModelParallelStrategy):
     def __init__(self, tensor_parallel: int = 1, async_save: bool = False) -> None:
         super().__init__(tensor_parallel_size=tensor_parallel)
         self.async_save = async_save
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._writer = Writer()
         if tensor_parallel < 1:
             raise ValueError(f"tensor_parallel = {tensor_parallel} must be 1 or more")
 
@@ -74,7 +73,7 @@ class FSDP2(ModelParallelStrategy):
         if self.async_save:
             copied = dcp.async_save(parts, checkpoint_id=work, process_group=self._writers)
             assert isinstance(copied, Future)
-            self._writing = self._writer.submit(self._finished, copied.result, work, path)
+            self._writer.begin(self._finished, copied.result, work, path)
         else:
             self._finished(lambda: dcp.save(parts, checkpoint_id=work), work, path)
             self.barrier()
@@ -91,17 +90,18 @@ class FSDP2(ModelParallelStrategy):
         except CheckpointException as error:
             raise OSError(f"{path} cannot be written: {_reason(error)}") from None
         if self.is_global_zero:
-            _moved(work, path)
+            put_folder(work, path)
 
     def written(self) -> None:
         """Wait for what is being written. Raises OSError where it could not be."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if self._writer.wait():
             self.barrier()
 
     def teardown(self) -> None:
-        self.written()
+        try:
+            self.written()
+        finally:
+            self._writer.close()
         super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -117,10 +117,7 @@ class FSDP2(ModelParallelStrategy):
         module.check_same(read_run(path / META))
         try:
             return super().load_checkpoint(path, weights_only)
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # a damaged file raises almost anything; theirs is no Exception
+        except (Exception, CheckpointException) as error:  # a damaged file raises almost anything
             raise ValueError(
                 f"{path} cannot be read, it is damaged ({_reason(error)}); start a new run from a checkpoint directory"
             ) from None
@@ -130,26 +127,7 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong, on whichever rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _moved(work: Path, path: Path) -> None:
-    """`work` in the place of what is there. Where that takes two steps, `recover` finishes them."""
-    for file in (*work.iterdir(), work):
-        to_disk(file)
-    old = _old(path)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-    os.replace(work, path)
-    to_disk(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Put back the checkpoint that a killed process had moved out of the way of a new one."""
-    if not path.exists() and _old(path).exists():
-        os.replace(_old(path), path)
+    return first_line(error)
 
 
 def forget(path: Path) -> None:
@@ -157,10 +135,6 @@ def forget(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="Weights sharded over the devices", tensor_parallel=1)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 
 import eulerstack as es
-from eulerstack import checkpoint
 from eulerstack.cli.train import run
 from eulerstack.spec import differ
 from eulerstack.training.keeping import KeepBest, WholeFiles, kept
@@ -85,21 +85,22 @@ def test_a_directory_that_cannot_be_written_leaves_the_old_one(
 ) -> None:
     model, folder = es.build(es.load(stack_file)), tmp_path / "checkpoint"
     es.save_checkpoint(model, folder)
-    before, replace = (folder / "model.safetensors").read_bytes(), checkpoint.os.replace
+    before, replace = (folder / "model.safetensors").read_bytes(), os.replace
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def only_back(source: Path, target: Path) -> None:
-        if target == folder and ".old." not in str(source):
+        if target == folder and source.name != ".checkpoint.old":
             full()
         replace(source, target)
 
     def full_as_safetensors_says_it(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    for name, broken in (("save_file", full_as_safetensors_says_it), ("to_disk", full), ("os.replace", only_back)):
-        monkeypatch.setattr(f"eulerstack.checkpoint.{name}", broken)
+    saved = ("checkpoint.save_file", full_as_safetensors_says_it)
+    for name, broken in (saved, ("disk.to_disk", full), ("disk.os.replace", only_back)):
+        monkeypatch.setattr(f"eulerstack.{name}", broken)
         with pytest.raises(OSError, match="No space left"):
             es.save_checkpoint(es.build(es.load(stack_file)), folder)
         monkeypatch.undo()
