@@ -107,8 +107,7 @@ class Block(nn.Module):
 
     def _span(self, x: Tensor) -> int | None:
         """How many tokens of a long sequence pass through the whole layer before the next ones."""
-        long = x.shape[1] > SPAN and x.device.type == "cpu"
-        return SPAN if self.mixer.chunked and long else None
+        return SPAN if self.mixer.chunked and x.shape[1] > SPAN and x.device.type == "cpu" else None
 
     @property
     def _drop(self) -> float:

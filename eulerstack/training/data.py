@@ -86,11 +86,8 @@ class TextData(L.LightningDataModule):
         if packing not in PACKINGS:
             raise ValueError(f"data.packing = {packing!r} must be one of {', '.join(PACKINGS)}")
         self.sources = sources_of(sources, path, pattern, text_key)
-        if carry_state and (packing != "cut" or len(self.sources) > 1):
-            other = "data.sources" if len(self.sources) > 1 else f"data.packing = {packing}"
-            raise ValueError(
-                f"data.carry_state reads one text in its order, and not with {other}; leave one of them out"
-            )
+        if carry_state:
+            _check_one_text(packing, len(self.sources))
         self.carry_state = carry_state
         self.packing, self.tokenizer = packing, tokenizer
         self.seq_len, self.batch_size, self.held_out = seq_len, batch_size, held_out
@@ -254,6 +251,12 @@ class TextData(L.LightningDataModule):
 def _check_range(key: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"data.{key} = {value} must lie between {low} and {high}")
+
+
+def _check_one_text(packing: str, sources: int) -> None:
+    if packing != "cut" or sources > 1:
+        other = "data.sources" if sources > 1 else f"data.packing = {packing}"
+        raise ValueError(f"data.carry_state reads one text in its order, and not with {other}; leave one of them out")
 
 
 def _check_length(seq_len: int, model: Any) -> None:

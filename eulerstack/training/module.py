@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint import load_weights, reading
-from ..layers.share import Share
+from ..layers.share import WHOLE, Share
 from ..model import Stack, build, outline
 from ..segments import IGNORED
 from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, with_hints
@@ -25,7 +25,7 @@ from .carry import Carry
 from .compiling import compile_blocks
 from .data import Batch, TextData
 from .optim import make_optimizer, make_schedule
-from .sharded import shard
+from .sharded import Sides, shard
 
 
 class StackModule(L.LightningModule):
@@ -91,6 +91,7 @@ class StackModule(L.LightningModule):
         spec, self.weights = _spec_and_weights(spec, settings or [])
         self.spec = with_hints(spec, self.changes)
         self.kernels, self.compiled = kernels, compile
+        self.ranks = WHOLE  # this process among those that read different rows of a batch
         self._built: Stack | None = None
         self._seed = torch.initial_seed()
         self._loads: dict[int, Tensor] = {}
@@ -110,21 +111,11 @@ class StackModule(L.LightningModule):
         strategy = self.trainer.strategy
         if self.trainer.world_size > 1 and not isinstance(strategy, DDPStrategy | ModelParallelStrategy):
             raise ValueError(f"strategy {type(strategy).__name__} does not train a stack; give ddp or fsdp2")
+        self.ranks = _ranks(strategy)
         self._seed = strategy.broadcast(self._seed)
         torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))
         if strategy.root_device.type == "cuda":
             torch.cuda.set_rng_state(strategy.broadcast(torch.cuda.get_rng_state()))
-
-    @property
-    def ranks(self) -> Share:
-        """This process among those that read different rows of a batch."""
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            side = strategy.device_mesh["data_parallel"]
-            return Share(side.get_local_rank(), side.size(), side.get_group())
-        if isinstance(strategy, ParallelStrategy):
-            return Share(strategy.global_rank, strategy.world_size)
-        return Share()
 
     def configure_model(self) -> None:
         if self._built is not None:
@@ -151,11 +142,13 @@ class StackModule(L.LightningModule):
 
     def flops(self, tokens: int) -> int:
         """Forward FLOPs of `Stack.losses` over a sequence, on all the devices that hold the stack together."""
-        return self._outline.flops(tokens, training=True)
+        return self._together.flops(tokens, training=True)
 
     @cached_property
-    def _outline(self) -> Stack:
-        return build(self.spec, "meta", kernels=self.kernels)
+    def _together(self) -> Stack:
+        """The stack, or where devices split its layers, an outline of what they split."""
+        split = self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return build(self.spec, "meta", kernels=self.kernels) if split else self.model
 
     def _average(self, count: Tensor) -> Tensor:
         """The mean over the ranks that share a batch; no gradient."""
@@ -167,11 +160,11 @@ class StackModule(L.LightningModule):
         return mean / ranks.of
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The stack's weights on the CPU, from all ranks, which must all ask; on others than the first, none."""
+        """The stack's weights, from all ranks, which must all ask; where they are sharded, for the first alone."""
         if any(isinstance(p, DTensor) for p in self.model.parameters()):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
-        return {name: weight.detach().cpu() for name, weight in self.model.state_dict().items()}
+        return self.model.state_dict()
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
@@ -290,6 +283,13 @@ class StackModule(L.LightningModule):
         if math.isinf(steps):
             raise ValueError("the learning rate's schedule needs the run's length: give trainer.max_steps")
         return int(steps)
+
+
+def _ranks(strategy: Strategy) -> Share:
+    """This process among those that read different rows of a batch."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return Sides.of(strategy.device_mesh).data
+    return Share(strategy.global_rank, strategy.world_size) if isinstance(strategy, ParallelStrategy) else WHOLE
 
 
 def _spec_and_weights(spec: str | Path | StackSpec, settings: list[str]) -> tuple[StackSpec, Path | None]:

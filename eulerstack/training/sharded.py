@@ -73,7 +73,7 @@ def shard(
             _shard_block(block, sides, compute)
         layered = {p for block in blocks for p in block.parameters()}
         names_of_own = [name for name, p in part.named_parameters() if p not in layered]
-        ends += [_placed(part, name, sides, None, added_up=False) for name in names_of_own]
+        ends += [place for name in names_of_own for place in _placed(part, name, sides, None, added_up=False)]
     stack.local = partial(_local, ends)
     _shard(stack, sides, None)
     register_fsdp_forward_method(stack, "losses")
@@ -82,10 +82,10 @@ def shard(
 def _shard_block(block: Block, sides: Sides, compute: torch.dtype | None) -> None:
     plan = block.split(sides.tensor) if sides.tensor.of > 1 else {}
     _narrow(block, plan, sides.tensor.of)
-    places = []
+    places: list[Place] = []
     for name in [name for name, _ in block.named_parameters()]:
         inside = name.startswith(("mixer.", "ffn."))
-        places.append(_placed(block, name, sides, plan.get(name), added_up=inside))
+        places += _placed(block, name, sides, plan.get(name), added_up=inside)
     block.local = partial(_local, places)
     _shard(block, sides, compute)
 
@@ -113,9 +113,10 @@ def _whole(owner: nn.Module, name: str) -> bool:
     return isinstance(owner, FullPrecision | Precise) or owner.get_parameter(name).dim() < 2
 
 
-def _placed(root: nn.Module, name: str, sides: Sides, dim: int | None, added_up: bool) -> Place:
+def _placed(root: nn.Module, name: str, sides: Sides, dim: int | None, added_up: bool) -> list[Place]:
     """Make a parameter a DTensor, of which this rank's layer holds the part along `dim`.
 
+    Empty where that is left to `fully_shard`, in whose layers it is plain.
     added_up: whether the shares of a layer each use it, so that their gradients add up.
     """
     path, _, leaf = name.rpartition(".")
@@ -129,14 +130,10 @@ def _placed(root: nn.Module, name: str, sides: Sides, dim: int | None, added_up:
     elif tensor.of > 1:
         mesh, placements = sides.mesh["tensor_parallel"], (split,)
     else:
-        return owner, leaf, _unchanged  # plain in a layer, a DTensor once it is sharded
+        return []
     made = DTensor.from_local(local, mesh, placements, run_check=False)
     owner.register_parameter(leaf, nn.Parameter(made))
-    return owner, leaf, partial(_through, steps)
-
-
-def _unchanged(t: Tensor) -> Tensor:
-    return t
+    return [(owner, leaf, partial(_through, steps))]
 
 
 def _through(steps: list[Callable[[Tensor], Tensor]], t: Tensor) -> Tensor:

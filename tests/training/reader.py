@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import eulerstack as es
 from eulerstack.data.batches import Batch, Batches
+from tests.training.conftest import QUIET
 
 
 class Reader(L.LightningModule):
@@ -59,13 +60,8 @@ def trainer_of(devices: int, steps: int, *callbacks: L.Callback) -> L.Trainer:
         max_steps=steps,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
         callbacks=[*callbacks],
+        **QUIET,
     )
 
 

@@ -55,7 +55,7 @@ def test_validation_does_not_count_and_accumulation_does(run: Any) -> None:
 
 def test_several_devices_share_tokens_and_peak(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two groups of two that split each layer: twice the rows of one, over four peaks."""
-    monkeypatch.setattr(es.StackModule, "ranks", Share(0, 2))
+    monkeypatch.setattr(run.module, "ranks", Share(0, 2))
     run.trainer.world_size = 4
     clock = Throughput(peak_flops=1e9)
     clock.on_train_start(run.trainer, run.module)
