@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eulerstack as es
@@ -27,7 +27,7 @@ from eulerstack.inference.sessions import Sessions
 from eulerstack.inference.speculation import Speculation
 from eulerstack.inference.steps import WARM, Steps
 from eulerstack.kernels.recording import Recording
-from eulerstack.layers.linear import Linear
+from eulerstack.layers.linear import is_bare
 
 from .peers import MODELS, OURS, VOCAB
 from .timing import interleaved
@@ -85,7 +85,7 @@ def _against_transformers(tokens: int, rounds: int) -> list[str]:
 
 def weights_of(stack: es.Stack) -> list[Tensor]:
     """Every matrix that a step of decoding reads."""
-    layers = [m.weight for m in stack.layers.modules() if isinstance(m, Linear)]
+    layers = [m.weight for m in stack.layers.modules() if isinstance(m, nn.Linear) and is_bare(m)]
     return [*layers, stack.embedding.weight if stack.head is None else stack.head.weight]
 
 

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.provider import Target
+from .kernels.tracing import is_traced
 from .layers.channels import ffn_flops, init_ffn, make_ffn, split_ffn
 from .layers.init import draw_normal
+from .layers.linear import is_hooked
 from .layers.moe import MoE, Routing
 from .layers.norm import Norm, make_norm
 from .layers.selective import kept_products
@@ -67,7 +69,7 @@ class Block(nn.Module):
             return self._own_form(x, segments)
 
     def _own_form(self, x: Tensor, segments: Segments) -> tuple[Tensor, Routing | None]:
-        if self._span(x) is not None and not isinstance(self.ffn, MoE):
+        if self._span(x) is not None and not isinstance(self.ffn, MoE) and not is_hooked(self.mixer):
             state = self.mixer.init_state(x.shape[0], 0, x.device, x.dtype)
             return self._spans(x, state, segments, None, self._drop)[0], None
         y, _, routing = self._run(x, segments, lambda h: (self.mixer(h, segments), None), self._drop)
@@ -107,7 +109,7 @@ class Block(nn.Module):
 
     def _span(self, x: Tensor) -> int | None:
         """How many tokens of a long sequence pass through the whole layer before the next ones."""
-        return SPAN if self.mixer.chunked and x.shape[1] > SPAN and x.device.type == "cpu" else None
+        return SPAN if self.mixer.chunked and x.is_cpu and not is_traced() and x.shape[1] > SPAN else None
 
     @property
     def _drop(self) -> float:

@@ -16,6 +16,7 @@ from .block import Block, Local
 from .groups import check_groups
 from .kernels.provider import Target
 from .kernels.select import check_name, select
+from .layers.linear import is_bare
 from .layers.loss import Average, next_token_loss, unchanged
 from .layers.moe import MoE, Routing
 from .layers.norm import make_norm
@@ -288,6 +289,10 @@ class Stack(nn.Module):
 
     def _placed(self, tokens: Tensor, segments: Segments | None, training: bool = False) -> Segments:
         """The segments of whole sequences. Raises ValueError for sequences longer than the stack can hold."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "torch.jit.trace makes constants of lengths; use torch.export.export(stack, (tokens,)), which does not"
+            )
         self.check_length(tokens.shape[1], training)
         if segments is None:
             return Segments.dense(tokens.shape[1], device=tokens.device)
@@ -361,19 +366,23 @@ class Stack(nn.Module):
         return state.max_tokens
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self._scored(self.norm(x), self._output_weight)
+        return self._score(self.norm(x), self._output())
 
     def _loss(self, x: Tensor, targets: Tensor, average: Average, with_z: bool = False) -> tuple[Tensor, Tensor]:
-        score = partial(self._scored, weight=self._output_weight)
+        score = partial(self._score, output=self._output())
         return next_token_loss(x, targets, score, self.spec.model.vocab_size, with_z, average)
 
-    @property
-    def _output_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
+    def _output(self) -> Callable[[Tensor], Tensor]:
+        """The stream [..., D] -> logits, by the weights that stand now: a loss's parts are scored again later."""
+        head = self.head
+        if head is not None and not is_bare(head):
+            return head
+        weight, bias = (self.embedding.weight, None) if head is None else (head.weight, head.bias)
+        return lambda x: self.linear(x, (weight,), (bias,))
 
-    def _scored(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _score(self, x: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
         cap, shrunk = self.spec.head.logit_softcap, self.mup.shrunk
-        logits = self.linear(x if shrunk == 1 else x * shrunk, (weight,), (None,))
+        logits = output(x if shrunk == 1 else x * shrunk)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

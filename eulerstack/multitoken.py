@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .block import Block
 from .kernels.provider import Target
-from .layers.ffn import init_linear
+from .layers.ffn import init_linear, matmul_flops
 from .layers.init import draw_normal
 from .layers.moe import Routing
 from .layers.norm import Norm, make_norm
@@ -41,7 +41,7 @@ class Ahead(nn.Module):
 
     def flops(self, tokens: int) -> int:
         """Forward FLOPs of one sequence of `tokens`."""
-        return 2 * tokens * self.proj.weight.numel() + sum(block.flops(tokens) for block in self.blocks)
+        return matmul_flops(self.proj, tokens) + sum(block.flops(tokens) for block in self.blocks)
 
     def reset_parameters(self, out_scale: float) -> None:
         norms: list[Norm] = [self.stream_norm, self.token_norm, self.norm]

@@ -8,10 +8,11 @@ def test_min_gru() -> None:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .builder import StackBuilder
 from .kernels.provider import Target
@@ -269,6 +270,8 @@ class Contract:
             self.bfloat16: [("parallel",), ("chunkwise",), ("recurrent",)],
             self.state_bytes: alone,
             self.counts: alone,
+            self.adapted: [(layers,) for layers in self.linears()],
+            self.hooked: [(form,) for form in FORMS],
         }
 
     def weights(self) -> None:
@@ -461,6 +464,42 @@ class Contract:
         assert isinstance(few, int), f"it is {few!r}"
         assert 0 < few < many, f"it is {few} for 16 tokens and {many} for 32"
 
+    def linears(self) -> dict[str, list[str]]:
+        """Names of the mixer's linear layers: each by itself, and `all` of them."""
+        names = [name for name, part in self.make(torch.float64).named_modules() if isinstance(part, nn.Linear)]
+        return {**{name: [name] for name in names}, **({"all": names} if names else {})}
+
+    def adapted(self, layers: str) -> None:
+        """A module in a linear layer's place is called, in every form: the mixer computes with it, and it learns."""
+        mixer, merged, x = self.make(torch.float64), self.make(torch.float64), self.drawn(2, TOKENS).requires_grad_()
+        for name in self.linears()[layers]:
+            adapter = Adapter(mixer.get_submodule(name))
+            _replace(mixer, name, adapter)
+            adapter.merge_into(merged.get_submodule(name))
+        y = mixer.parallel(x)
+        close(y, merged.parallel(x), 1e-11, "outputs, before and after merging,")
+        wanted = Result(y, {}, gradients(mixer, [y], {"x": x}))
+        idle = [name for name, grad in wanted.grads.items() if name.endswith((".down", ".up")) and not grad.any()]
+        assert not idle, f"{', '.join(idle)} get no gradient"
+        for cut in ("whole", "chunk 5", "steps"):
+            z, _ = in_pieces(mixer, x, self.after(mixer, 2, 0), Segments.dense(TOKENS), *CUTS[cut])
+            Result(z, {}, gradients(mixer, [z], {"x": x})).agrees(wanted, 1e-11)
+
+    def hooked(self, form: str) -> None:
+        """Hooks on linear layers run in every form, for any number of rows, with what they change."""
+        for batch in (1, 40):
+            mixer, merged, x = self.make(torch.float64), self.make(torch.float64), self.drawn(batch, 3)
+            met: set[str] = set()
+            for name in self.linears().get("all", []):
+                mixer.get_submodule(name).register_forward_hook(partial(_louder, met, name))
+                for weight in merged.get_submodule(name).parameters():
+                    weight.data.mul_(LOUDER)
+            with torch.no_grad():
+                y = _in_form(mixer, x, form, self.after(mixer, batch, 0))
+                close(y, _in_form(merged, x, form, self.after(merged, batch, 0)), 1e-11, "outputs")
+            deaf = [name for name in self.linears() if name not in met | {"all"}]
+            assert not deaf, f"hooks on {', '.join(deaf)} do not run for {batch} rows"
+
     def drawn(self, batch: int, tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Inputs [B, T, D]."""
         return torch.randn(batch, tokens, self.width, dtype=dtype)
@@ -491,6 +530,51 @@ class Contract:
             y[:, at : at + count], final = result.y.detach(), result.state
             at += count
         return y, final, length
+
+
+class Adapter(nn.Module):
+    """A linear layer with a product of low rank beside it (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+    It has none of the names of a linear layer, so that whoever reads weights in its place is found out.
+    """
+
+    def __init__(self, inner: nn.Module, rank: int = 2) -> None:
+        super().__init__()
+        assert isinstance(inner, nn.Linear)
+        self.inner = inner
+        self.down = nn.Parameter(torch.randn(rank, inner.in_features).to(inner.weight) / inner.in_features**0.5)
+        self.up = nn.Parameter(torch.randn(inner.out_features, rank).to(inner.weight) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x) + x @ self.down.T @ self.up.T
+        return y
+
+    @torch.no_grad()
+    def merge_into(self, layer: nn.Module) -> None:
+        """Add the product to the weight of a plain layer."""
+        layer.get_parameter("weight").add_(self.up @ self.down)
+
+
+FORMS = ("parallel", "chunkwise", "recurrent")
+LOUDER = 1.25
+
+
+def _louder(met: set[str], name: str, layer: nn.Module, given: Any, output: Tensor) -> Tensor:
+    met.add(name)
+    return output * LOUDER
+
+
+def _replace(mixer: nn.Module, name: str, part: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(mixer.get_submodule(path), leaf, part)
+
+
+def _in_form(mixer: Mixer[Any], x: Tensor, form: str, state: LayerState) -> Tensor:
+    """x [B, T, D] in one of the FORMS, token by token in the recurrent one."""
+    if form == "parallel":
+        return mixer.parallel(x)
+    pieces, size = ([x.shape[1]], None) if form == "chunkwise" else ([1] * x.shape[1], 0)
+    return in_pieces(mixer, x, state, Segments.dense(x.shape[1]), pieces, [size])[0]
 
 
 def _row(state: LayerState, i: int) -> LayerState:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.graphs import captured
+from ..mixers import Mixer
 from ..model import Stack
 from ..segments import Segments
 from ..state import StackState
@@ -40,28 +42,40 @@ class _Recorded(NamedTuple):
 class Steps:
     """A model's `recurrent`, called many times with what it returned.
 
-    A step is recorded when some were taken, and again when rows outgrow what it was recorded for or weights changed.
-    Never recorded is one that looks at numbers, as experts do that choose by them, that hooks look at, or of mixers or
-    weights that are not ours, which may compute where PyTorch does not see it. Recorded or not, rows are read up to the
-    same bound, so that the numbers are the same. The logits stand until the next step. The model's modules must stay.
+    A step is recorded when some were taken, and again when rows outgrow what it was recorded for, or where weights lie
+    elsewhere, or modules were replaced; a write to weights in their place is read by what was recorded. Never recorded
+    is a step that looks at numbers, as experts do that choose by them, that hooks look at, or of modules or weights
+    that are not ours, which may compute where PyTorch does not see it. Recorded or not, rows are read up to the same
+    bound, so that the numbers are the same. The logits stand until the next step.
     """
 
     def __init__(self, model: Stack) -> None:
         self.model = model
+        self._look()
+
+    def _look(self) -> None:
+        """Note the modules of the model as they are now."""
+        modules = [*self.model.modules()]
         of_all = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
-        self.hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)] + of_all
-        self.weights = [held for m in model.modules() for held in (m._parameters, m._buffers) if held]
-        known = all(type(m).__module__.split(".")[0] in ("eulerstack", "torch") for m in model.modules())
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)] + of_all
+        self.weights = [held for m in modules for held in (m._parameters, m._buffers) if held]
+        self.parts = [m._modules for m in modules]
+        self.noted = self._modules()
+        self.keeping = [m for m in modules if isinstance(m, Mixer) and type(m).is_current is not Mixer.is_current]
+        known = all(type(m).__module__.split(".")[0] in ("eulerstack", "torch") for m in modules)
+        known = known and not any("forward" in vars(m) for m in modules)
         self.left = WARM if known else math.inf  # steps before the first recording
         self.recorded: dict[bool, _Recorded] = {}
 
     def __call__(self, tokens: Tensor, state: StackState, real: Tensor | None = None) -> tuple[Tensor, StackState]:
         """Logits [B, V] of one token more, tokens [B, 1], and the state after it; real: [B, 1] bool."""
+        if self._modules() != self.noted:
+            self._look()
         cast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
         plain = torch.is_inference_mode_enabled() and not cast and not any(self.hooks)
         found = self.recorded.get(real is None) if plain else None
         self.left -= 1
-        if found is not None and found.serves(state, self._model()):
+        if found is not None and found.serves(state, self._model()) and all(m.is_current() for m in self.keeping):
             logits, after = self._replayed(found, tokens, real), state
         elif plain and self.left < 0 and (record := self._recorder()) is not None:
             logits, after = self._recorded(record, tokens, state, real)
@@ -74,12 +88,13 @@ class Steps:
         ours = all(type(t) in (Tensor, torch.nn.Parameter) for t in self._tensors())
         return _recorder({t.device.type for t in self._tensors()}) if ours else None
 
-    def _model(self) -> object:
-        """Tells of any change: where each weight lies, how often it was written to (inference tensors do not count).
+    def _modules(self) -> list[torch.nn.Module | None]:
+        """Every module but the model itself, as it stands in its place."""
+        return [*chain.from_iterable(map(dict.values, self.parts))]
 
-        Programs read weights where they lay, and what mixers made of them and kept, such as a filter.
-        """
-        return self.model.training, [(t.data_ptr(), t.is_inference() or t._version) for t in self._tensors()]
+    def _model(self) -> object:
+        """Where each weight lies, for programs read them there."""
+        return self.model.training, [*map(Tensor.data_ptr, self._tensors())]
 
     def _tensors(self) -> Iterator[Tensor]:
         return (t for held in self.weights for t in held.values() if t is not None)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .provider import Target, on_cpu
 from .shapes import has_memory, is_plain
+from .tracing import is_traced
 
 Loop = Callable[..., Any]
 
@@ -106,12 +107,12 @@ def openmp_refuses(target: Target, **needs: Any) -> str | None:
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether these are float32 on a CPU, want no gradient, and stand for no others, such as a shard's."""
+    """Whether these are float32 on a CPU, want no gradient and stand for no others, and no trace is made."""
     grads = torch.is_grad_enabled()
     for tensor in tensors:
         if not is_plain(tensor) or (grads and tensor.requires_grad):
             return False
-    return not torch.compiler.is_compiling()
+    return not is_traced()
 
 
 @cache

@@ -42,6 +42,8 @@ class Recording(TorchDispatchMode):
     depends on one, or one was drawn.
     """
 
+    sees_our_loops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.entries: list[Loop | Entry] = []

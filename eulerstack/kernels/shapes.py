@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
+"""Tensors that are their numbers: a quantised weight, or one spread over ranks, multiplies in a way of its own."""
+
 
 def has_memory(tensor: Tensor) -> bool:
     """False where there are no numbers to read or to write."""

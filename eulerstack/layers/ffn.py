@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..spec import GatedMLPSpec, MLPSpec
-from .linear import Linear, beside
+from .linear import kernel_of, project, project_each
 from .share import WHOLE, Share, Split, columns
 
 
@@ -58,56 +58,62 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-class Down(Linear):
-    """The projection back. Where its inputs are split over ranks, the first one adds the bias."""
+class MLP(nn.Module):
+    """down(act(up x)). `share`: of the hidden channels, where several ranks hold it together."""
 
     share: Share = WHOLE
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.bias is None or self.share.of == 1 else self.bias * (self.share.rank == 0)
-        y: Tensor = self.ops(x, (self.weight,), (bias,))
-        return y
-
-    def split(self, share: Share) -> Split:
-        share.divided(self.in_features, "the hidden width of an ffn, mlp_ratio x model.d_model")
-        self.share = share
-        return {"down_proj.weight": 1}
-
-
-class MLP(nn.Module):
     def __init__(self, spec: MLPSpec, width: int, hidden: int) -> None:
         super().__init__()
+        self.hidden = hidden
         self.act = ACTIVATIONS[spec.activation]
-        self.up_proj = Linear(width, hidden, bias=spec.bias)
-        self.down_proj = Down(hidden, width, bias=spec.bias)
+        self.up_proj = nn.Linear(width, hidden, bias=spec.bias)
+        self.down_proj = nn.Linear(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.act(self.up_proj(x)))
-        return y
+        return project_down(self.act(project(x, self.up_proj)), self.down_proj, self.share)
 
     def split(self, share: Share) -> Split:
         """By hidden channels."""
-        return {**columns(("up_proj.weight", "up_proj.bias")), **self.down_proj.split(share)}
+        share.divided(self.hidden, HIDDEN)
+        self.share = share
+        return {**columns(("up_proj.weight", "up_proj.bias")), "down_proj.weight": 1}
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU and its kin (Shazeer 2020, arXiv 2002.05202)."""
+    """SwiGLU and its kin (Shazeer 2020, arXiv 2002.05202). `share` as in MLP."""
+
+    share: Share = WHOLE
 
     def __init__(self, spec: GatedMLPSpec, width: int, hidden: int) -> None:
         super().__init__()
+        self.hidden = hidden
         self.gated = GATES[spec.activation]
-        self.gate_proj = Linear(width, hidden, bias=spec.bias)
-        self.up_proj = Linear(width, hidden, bias=spec.bias)
-        self.down_proj = Down(hidden, width, bias=spec.bias)
+        self.gate_proj = nn.Linear(width, hidden, bias=spec.bias)
+        self.up_proj = nn.Linear(width, hidden, bias=spec.bias)
+        self.down_proj = nn.Linear(hidden, width, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.gated(*beside(x, (self.gate_proj, self.up_proj))))
-        return y
+        gate, up = project_each(x, self.gate_proj, self.up_proj)
+        return project_down(self.gated(gate, up), self.down_proj, self.share)
 
     def split(self, share: Share) -> Split:
         """By hidden channels."""
+        share.divided(self.hidden, HIDDEN)
+        self.share = share
         names = (f"{name}_proj.{part}" for name in ("gate", "up") for part in ("weight", "bias"))
-        return {**columns(names), **self.down_proj.split(share)}
+        return {**columns(names), "down_proj.weight": 1}
+
+
+HIDDEN = "the hidden width of an ffn, mlp_ratio x model.d_model"
+
+
+def project_down(x: Tensor, layer: nn.Linear, share: Share) -> Tensor:
+    """The projection back. Where its inputs are split over ranks, the first one adds the bias."""
+    if share.of == 1 or layer.bias is None:
+        return project(x, layer)
+    y: Tensor = kernel_of(layer)(x, (layer.weight,), (layer.bias * (share.rank == 0),))
+    return y
 
 
 @torch.no_grad()

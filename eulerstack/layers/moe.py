@@ -14,9 +14,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.linear import torch as reference
-from ..kernels.precision import wide, without_autocast
+from ..kernels.precision import wide
 from ..kernels.provider import Kernel
 from ..kernels.shapes import has_memory
+from ..kernels.tracing import makes_program
 from ..spec import GatedMLPSpec, MoEFFNSpec
 from .ffn import GATES, GatedMLP, init_linear
 from .loss import Average, unchanged
@@ -75,22 +76,29 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)
         rows = None if real is None else real.flatten().nonzero()[:, 0]
         tokens = flat if rows is None else flat.index_select(0, rows)
-        weights, dispatch, routing = self._route(tokens)
-        y = self.experts(tokens, weights, dispatch)
+        weights, chosen, routing = self._route(tokens)
+        y: Tensor = self.experts(tokens, weights, chosen)
         if self.shared is not None:
             y = y + self.shared(tokens)
         if rows is not None:
             y = y.new_zeros(flat.shape).index_copy(0, rows, y)
         return y.view(x.shape), routing
 
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Dispatch, Routing]:
-        """Weights [N, top_k] of the experts chosen by tokens [N, D], where their choices go, and the statistics."""
-        logits = _logits(tokens, self.router_proj.weight)
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor | Dispatch, Routing]:
+        """Weights [N, top_k] of the experts chosen by tokens [N, D], where their choices go, and the statistics.
+
+        A program for any tokens cannot know where: it has the experts chosen, [N, top_k].
+        """
+        logits = self.router_proj(tokens).to(wide(tokens.dtype))
         alone = self.share.once(logits)
         scores = self._scores(logits)
         chosen = self._ranking(scores.detach()).topk(self.spec.top_k).indices
-        dispatch = _dispatch(chosen.flatten(), self.spec.experts)
         weights = scores.gather(1, chosen).softmax(1)
+        if makes_program():
+            none = torch.zeros(self.spec.experts, dtype=chosen.dtype, device=chosen.device)
+            load = none.scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+            return weights, chosen, _routing(alone, self._scores(alone), load)
+        dispatch = _dispatch(chosen.flatten(), self.spec.experts)
         return weights, dispatch, _routing(alone, self._scores(alone), dispatch.load)
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -179,26 +187,29 @@ class Experts(nn.Module):
         self.up_proj = StackedLinear(experts, width, hidden)
         self.down_proj = StackedLinear(experts, hidden, width)
 
-    def forward(self, x: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor | Dispatch) -> Tensor:
         """The sum of the experts' outputs for tokens x [N, D], by weights [N, top_k]; in the dtype of a linear's."""
         stacked = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         x, gate, up, down = (_as_autocast(t) for t in (x, *stacked))
+        if isinstance(chosen, Tensor):
+            return self._by_all(x, weights, chosen, gate, up, down)
+        dispatch = chosen
         sent: Tensor = _Send.apply(x, dispatch, weights.shape[1])
         gated, through = self.gated, partial(_Linears.apply, dispatch.slices, self.down_proj.ops)
         y: Tensor = _Gather.apply(through(gated(through(sent, gate), through(sent, up)), down), weights, dispatch)
         return y
 
+    def _by_all(self, x: Tensor, weights: Tensor, chosen: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """Every expert computes every token, E / top_k times the work; those that were not chosen weigh nothing."""
+        hidden = self.gated(torch.einsum("nd,ehd->neh", x, gate), torch.einsum("nd,ehd->neh", x, up))
+        share = torch.zeros(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device)
+        share = share.scatter(1, chosen, weights.to(x.dtype))
+        return torch.einsum("neh,edh,ne->nd", hidden, down, share)
+
     def reset_parameters(self, out_scale: float) -> None:
         self.gate_proj.reset_parameters()
         self.up_proj.reset_parameters()
         self.down_proj.reset_parameters(out_scale)
-
-
-@without_autocast
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """[N, E], in at least float32."""
-    dtype = wide(x.dtype)
-    return F.linear(x.to(dtype), weight.to(dtype))
 
 
 @torch.no_grad()
@@ -213,7 +224,7 @@ def _dispatch(chosen: Tensor, experts: int) -> Dispatch:
 
 def _routing(logits: Tensor, scores: Tensor, count: Tensor) -> Routing:
     """The statistics of logits and log scores [N, E], and of the choices, count [E]; all zero without tokens."""
-    z, tokens = logits.logsumexp(1).square().sum(), logits.new_tensor(logits.shape[0])
+    z, tokens = logits.logsumexp(1).square().sum(), logits.new_full((), logits.shape[0])
     return Routing(scores.softmax(1).sum(0), z, count.to(logits.dtype), tokens)
 
 

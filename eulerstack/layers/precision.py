@@ -2,12 +2,21 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..kernels.precision import wide
+from ..kernels.precision import wide, without_autocast
+from ..kernels.shapes import PLAIN
 
 
 class Precise(nn.Linear):
-    """A small linear layer that its owner computes in at least float32, whatever its weights are held in."""
+    """A small linear layer that computes in at least float32, whatever its weights and inputs are held in."""
+
+    @without_autocast
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = wide(x.dtype)
+        if type(self.weight) not in PLAIN:  # one that is quantised multiplies in its own way
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(dtype)
+        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 class FullPrecision(nn.Module):

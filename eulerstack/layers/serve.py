@@ -16,9 +16,18 @@ class Served:
 
 
 def serve(module: nn.Module, target: Target) -> tuple[Choice, ...]:
-    """Give each part of a module that is Served its kernels. Returns the choices."""
-    parts = [part for part in module.modules() if isinstance(part, Served)]
-    choices = {name: select(name, target) for name in dict.fromkeys(part.operation for part in parts)}
-    for part in parts:
-        part.ops = choices[part.operation].kernels
+    """Give each part of a module that is Served, and each linear layer, its kernels. Returns the choices.
+
+    A linear layer stays nn.Linear, so that tools that look for one find it; `project` of linear.py uses its kernels.
+    """
+    parts = [(operation, part) for part in module.modules() if (operation := _operation_of(part)) is not None]
+    choices = {name: select(name, target) for name in dict.fromkeys(operation for operation, _ in parts)}
+    for operation, part in parts:
+        part.ops = choices[operation].kernels
     return tuple(choices.values())
+
+
+def _operation_of(part: nn.Module) -> str | None:
+    if type(part) is nn.Linear:
+        return "linear"
+    return part.operation if isinstance(part, Served) else None

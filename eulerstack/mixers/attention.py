@@ -7,7 +7,7 @@ from ..kernels.attention import Logits
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
-from ..layers.linear import Linear, joined
+from ..layers.linear import project
 from ..layers.norm import RMSNorm
 from ..layers.precision import FullPrecision
 from ..layers.rope import alibi_slopes, make_rope, phases, rotate
@@ -39,16 +39,16 @@ class Attention(CachedAttention[KVState]):
         rotary = stack.embedding.positional == "rope"
         self.rope = make_rope(stack.embedding, model.max_seq_len, self.key_dim) if rotary else None
         kv_width = self.kv_heads * self.key_dim
-        self.q_proj = Linear(model.d_model, model.d_model, bias=spec.qkv_bias)
-        self.k_proj = Linear(model.d_model, kv_width, bias=spec.qkv_bias)
-        self.v_proj = Linear(model.d_model, kv_width, bias=spec.qkv_bias)
+        self.q_proj = nn.Linear(model.d_model, model.d_model, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(model.d_model, kv_width, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(model.d_model, kv_width, bias=spec.qkv_bias)
         self.q_norm = RMSNorm(self.key_dim) if spec.qk_norm else None
         self.k_norm = RMSNorm(self.key_dim) if spec.qk_norm else None
-        self.o_proj = Linear(model.d_model, model.d_model, bias=False)
+        self.o_proj = nn.Linear(model.d_model, model.d_model, bias=False)
 
     def _entries(self, x: Tensor, segments: Segments) -> tuple[Tensor, Entries]:
         """q [B, T, H, K], and k, v [B, T, Hkv, K]."""
-        projected = joined(x, (self.q_proj, self.k_proj, self.v_proj)).unflatten(-1, (-1, self.key_dim))
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.key_dim))
         turned, v = projected.split([self.heads + self.kv_heads, self.kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = turned.split([self.heads, self.kv_heads], 2)
@@ -77,10 +77,10 @@ class Attention(CachedAttention[KVState]):
         *,
         rollback: int = 0,
     ) -> KVState:
-        weight = self.q_proj.weight
+        device, dtype = self.placement(device, dtype)
         slots, window = self._slots(max_tokens, rollback)
         shape = (batch, slots, self.kv_heads, self.key_dim)
-        empty = torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype)
+        empty = torch.zeros(shape, device=device, dtype=dtype)
         return KVState(empty, empty.clone(), window=window)
 
     def flops(self, tokens: int) -> int:

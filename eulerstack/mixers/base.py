@@ -13,13 +13,14 @@ All three agree to rounding, for any split of a sequence, with gradients. `forwa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.select import Choice
+from ..layers.precision import FullPrecision
 from ..layers.share import WHOLE, Share, Split
 from ..segments import Segments
 from ..state import LayerState
@@ -73,6 +74,19 @@ class Mixer(nn.Module, ABC, Generic[S]):
     def reset_parameters(self, out_scale: float = 1.0) -> None:
         """Draw the weights anew; the output projection is scaled by `out_scale`."""
 
+    def placement(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[torch.device, torch.dtype]:
+        """Where the mixer is, and the dtype of its weights, where a state is not asked for elsewhere, or in another.
+
+        No layer is asked by name, for it may have been replaced by one that holds its numbers in another way.
+        """
+        if device is not None and dtype is not None:
+            return torch.device(device), dtype
+        own = [t for part in self.modules() if not isinstance(part, FullPrecision) for t in _tensors_of(part)]
+        like = next((t for t in own if t.is_floating_point()), torch.empty(0, device=own[0].device if own else "cpu"))
+        return torch.device(device or like.device), dtype or like.dtype
+
     def split(self, share: Share) -> Split:
         """Become one rank's share of itself, and say of which parameters a rank holds which part.
 
@@ -80,6 +94,10 @@ class Mixer(nn.Module, ABC, Generic[S]):
         get the gradient of the share's part. Raises ValueError where there is no such split.
         """
         raise ValueError(f"{type(self).__name__} has no plan for tensor parallelism; train it with tensor_parallel 1")
+
+    def is_current(self) -> bool:
+        """Whether what the mixer keeps from call to call, if anything, follows from its weights as they are now."""
+        return True
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         """What to watch of its recurrence on inputs x [B, T, D]: `decay`, what a token leaves of a state, and `dt`."""
@@ -91,6 +109,11 @@ class Mixer(nn.Module, ABC, Generic[S]):
             return self.parallel(x, segments)
         state = self.init_state(x.shape[0], 0, x.device, x.dtype)
         return self.chunkwise(x, state, placed(segments, x))[0]
+
+
+def _tensors_of(part: nn.Module) -> Iterator[Tensor]:
+    """What a module itself holds."""
+    return (t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
 
 
 def placed(segments: Segments | None, x: Tensor) -> Segments:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.precision import wide
 from ..layers.ffn import init_linear
+from ..layers.linear import project
 from ..layers.share import Share, Split
 from ..segments import Segments
 from ..state import BranchedState, LayerState
@@ -19,13 +20,14 @@ class Branched(Mixer[BranchedState]):
 
     def __init__(self, branches: list[Mixer[LayerState]], width: int, gated: bool) -> None:
         super().__init__()
+        self.width = width
         self.branches = nn.ModuleList(branches)
         self.gate_proj = nn.Linear(width, len(branches), bias=False) if gated else None
         self.chunked = all(branch.chunked for branch in branches)
         self.choices = tuple(choice for branch in branches for choice in branch.choices)
 
     def __iter__(self) -> Iterator[Mixer[LayerState]]:
-        return iter(cast(list[Mixer[LayerState]], self.branches))
+        return iter(cast("list[Mixer[LayerState]]", self.branches))  # torch.export(strict) reads no generic
 
     @property
     def grows(self) -> bool:  # type: ignore[override]
@@ -34,7 +36,7 @@ class Branched(Mixer[BranchedState]):
     def _summed(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         if self.gate_proj is None:
             return torch.stack(outputs).sum(0)
-        weights: Tensor = self.gate_proj(x).to(wide(x.dtype)).softmax(-1).to(x.dtype)
+        weights: Tensor = project(x, self.gate_proj).to(wide(x.dtype)).softmax(-1).to(x.dtype)
         return (torch.stack(outputs, -1) @ weights[..., None])[..., 0]
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
@@ -66,6 +68,9 @@ class Branched(Mixer[BranchedState]):
         plans = (branch.split(share).items() for branch in self)
         return {f"branches.{i}.{name}": dim for i, plan in enumerate(plans) for name, dim in plan}
 
+    def is_current(self) -> bool:
+        return all(branch.is_current() for branch in self)
+
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         """Each branch's, with its number behind the names."""
         found = (branch.dynamics(x, segments).items() for branch in self)
@@ -84,7 +89,7 @@ class Branched(Mixer[BranchedState]):
 
     def flops(self, tokens: int) -> int:
         """The branches', and the gate's with the weighted sum."""
-        gate = 0 if self.gate_proj is None else 4 * tokens * self.gate_proj.weight.numel()
+        gate = 0 if self.gate_proj is None else 4 * tokens * self.width * len(self.branches)
         return gate + sum(branch.flops(tokens) for branch in self)
 
     def reset_parameters(self, out_scale: float = 1.0) -> None:

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.linear import project
 from ..segments import Segments
 from ..state import RingState
 from .base import Mixer, check_one_token, continued, in_chunks, placed
@@ -98,8 +99,7 @@ class CachedAttention(Mixer[R], Generic[R]):
         return bool(segments.once("abreast", lambda: (start == bound).all().item()))
 
     def _out(self, y: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(y.flatten(2))
-        return out
+        return project(y.flatten(2), self.o_proj)
 
     def _cached(self, state: R, segments: Segments, length: Tensor, when: str) -> tuple[Tensor, Tensor | None]:
         """Which slots of a cache that has seen `length` [B] tokens each query sees, and how far back, [B, T, used].

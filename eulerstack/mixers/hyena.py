@@ -1,18 +1,19 @@
 """Hyena (Poli et al. 2023, arXiv 2302.10866): long convolutions with gates between them."""
 
 import math
-from typing import cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels.conv.windows import taps_of
 from ..kernels.precision import wide, without_autocast
 from ..kernels.provider import Target
 from ..kernels.select import select
+from ..kernels.tracing import is_traced
 from ..layers.ffn import init_linear, matmul_flops
-from ..layers.linear import Linear, joined
+from ..layers.linear import is_bare, project
 from ..layers.precision import Precise
 from ..layers.share import Share, Split, columns
 from ..segments import Segments
@@ -28,6 +29,16 @@ FASTEST = 5.0  # how many times as fast as the slowest channel's the fastest's f
 FALLEN = 1e-2  # what is left of the slowest after its time
 
 
+class _Kept(NamedTuple):
+    """Taps, and copies of the weights that they were made of."""
+
+    taps: Tensor
+    weights: list[Tensor]
+
+
+_is_bare = partial(is_bare, kind=Precise)
+
+
 class Filter(nn.Module):
     """taps [S, depth, D] of absolute distance: a small sine network times an exponential window a channel.
 
@@ -40,19 +51,38 @@ class Filter(nn.Module):
         self.in_proj = Precise(1 + 2 * BANDS, spec.filter_hidden)
         self.mid_proj = Precise(spec.filter_hidden, spec.filter_hidden)
         self.out_proj = Precise(spec.filter_hidden, spec.depth * width, bias=False)
-        self._known: tuple[object, Tensor] | None = None
+        self._kept: _Kept | None = None
 
     @without_autocast
     def forward(self, length: int, like: Tensor) -> Tensor:
-        """The first `length` taps, at least float32; without gradients they are kept until a weight changes."""
-        if torch.is_grad_enabled() or any(p.is_inference() for p in self.parameters()):
-            return self._taps(length, like)  # an inference tensor has no version that would tell of a change
-        length = 1 << (length - 1).bit_length()
-        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.parameters()]
-        key = (length, like.device, wide(like.dtype), *weights)
-        if self._known is None or self._known[0] != key:
-            self._known = (key, self._taps(length, like))
-        return self._known[1]
+        """The first `length` taps, at least float32. On a CPU, without gradients, they are kept for the next call."""
+        keeps = like.is_cpu and not torch.is_grad_enabled() and not is_traced() and all(map(_is_bare, self._layers))
+        if not keeps:
+            return self._taps(length, like)
+        length, dtype = 1 << (length - 1).bit_length(), wide(like.dtype)
+        kept = self._kept
+        if kept is None or len(kept.taps) != length or kept.taps.dtype != dtype or not self.is_current():
+            kept = self._kept = _Kept(self._taps(length, like), [t.detach().clone() for t in self._weights])
+        return kept.taps
+
+    def is_current(self) -> bool:
+        """Whether the taps that are kept, if there are any, are of the weights as they are now.
+
+        Every number is compared, for a write through `.data` changes neither a weight's place nor its version.
+        """
+        if self._kept is None:
+            return True
+        with torch._C._DisableTorchDispatch():  # no part of a step that is recorded
+            pairs = zip(self._weights, self._kept.weights, strict=True)
+            return all(now.dtype == then.dtype and torch.equal(now, then) for now, then in pairs)
+
+    @property
+    def _layers(self) -> tuple[Precise, ...]:
+        return self.in_proj, self.mid_proj, self.out_proj
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        return [t for layer in self._layers for t in (layer.weight, layer.bias) if t is not None]
 
     def _taps(self, length: int, like: Tensor) -> Tensor:
         dtype = wide(like.dtype)
@@ -60,8 +90,8 @@ class Filter(nn.Module):
         angle = 2 * math.pi * place / self.longest * torch.arange(1, BANDS + 1, device=like.device)
         x = torch.cat([place / self.longest, angle.cos(), angle.sin()], -1).to(dtype)
         for layer in (self.in_proj, self.mid_proj):
-            x = torch.sin(FREQUENCY * F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype)))
-        taps = F.linear(x, self.out_proj.weight.to(dtype)).unflatten(-1, (self.depth, self.width))
+            x = torch.sin(FREQUENCY * layer(x).to(dtype))
+        taps = self.out_proj(x).to(dtype).unflatten(-1, (self.depth, self.width))
         windowed: Tensor = taps * self._window(place).to(dtype)[:, None]
         return windowed
 
@@ -83,7 +113,7 @@ class Stream(nn.Module):
 
     def __init__(self, width: int, taps: int) -> None:
         super().__init__()
-        self.proj = Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
         self.conv = ShortConv(width, taps)
 
 
@@ -104,7 +134,7 @@ class Hyena(Mixer[HistoryState]):
         self.streams = nn.ModuleList(Stream(width, spec.d_conv) for _ in range(spec.depth + 1))
         self.filter = Filter(spec, width, stack.model.max_seq_len)
         self.skip = nn.Parameter(torch.empty(spec.depth, width))
-        self.out_proj = Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         segments = placed(segments, x)
@@ -116,7 +146,7 @@ class Hyena(Mixer[HistoryState]):
         v, gates = streams[-1], streams[:-1]
         for i, gate in enumerate(gates):
             v = self._gated(gate, v, self.ops.parallel(v, taps[:, i], segments), i)
-        return segments.mask(self.out_proj(v))
+        return segments.mask(project(v, self.out_proj))
 
     def chunkwise(
         self, x: Tensor, state: HistoryState, segments: Segments | None = None, *, chunk_size: int | None = None
@@ -132,7 +162,7 @@ class Hyena(Mixer[HistoryState]):
             inputs.append(v)
             v = self._gated(gate, v, self.ops.chunkwise(v, taps[:, i], state.inputs[:, :, i], segments), i)
         after = HistoryState(written(state.inputs, torch.stack(inputs, 2), segments), conv)
-        return segments.mask(self.out_proj(v)), after
+        return segments.mask(project(v, self.out_proj)), after
 
     def recurrent(
         self, x: Tensor, state: HistoryState, segments: Segments | None = None
@@ -146,13 +176,16 @@ class Hyena(Mixer[HistoryState]):
         for i, gate in enumerate(streams[:-1]):
             histories.append(written(state.inputs[:, :, i], v, segments))
             v = self._gated(gate, v, self.ops.recurrent(v, taps[:, i], histories[-1], segments), i)
-        return segments.mask(self.out_proj(v)), HistoryState(torch.stack(histories, 2), conv)
+        return segments.mask(project(v, self.out_proj)), HistoryState(torch.stack(histories, 2), conv)
+
+    def is_current(self) -> bool:
+        return self.filter.is_current()
 
     def _streams(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """The gates and v, [B, T, D] each, and the short convolution's state."""
         projs, convs = [s.proj for s in self._each], [s.conv for s in self._each]
         weight, bias = torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs])
-        mixed, conv = taps_of(joined(x, projs), weight.to(x.dtype), bias.to(x.dtype), conv, segments)
+        mixed, conv = taps_of(project(x, *projs), weight.to(x.dtype), bias.to(x.dtype), conv, segments)
         return mixed.split(self.width, -1), conv
 
     @property
@@ -188,8 +221,7 @@ class Hyena(Mixer[HistoryState]):
         *,
         rollback: int = 0,
     ) -> HistoryState:
-        weight, depth = self.out_proj.weight, self.spec.depth
-        device, dtype = device or weight.device, dtype or weight.dtype
+        (device, dtype), depth = self.placement(device, dtype), self.spec.depth
         inputs = torch.zeros(batch, max_tokens, depth, self.width, device=device, dtype=dtype)
         conv = torch.zeros(batch, self.spec.d_conv - 1, (depth + 1) * self.width, device=device, dtype=dtype)
         return HistoryState(inputs, conv)

@@ -1,12 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache holds a latent, not keys and values."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import matmul_flops
-from ..layers.linear import Linear
+from ..layers.linear import is_bare, project
 from ..layers.norm import RMSNorm
 from ..layers.rope import make_rope, phases, rotate
 from ..layers.share import Share, Split, columns
@@ -42,17 +42,17 @@ class LatentAttention(CachedAttention[LatentState]):
         self.choices = (select("attention", target, **needs, **sizes),)
         self.ops = self.choices[0].kernels
         heads_width = self.heads * self.key_dim
-        self.q_proj = Linear(model.d_model, self.heads * (self.key_dim + self.turned), bias=False)
-        self.latent_proj = Linear(model.d_model, self.latent_dim + self.turned, bias=False)
+        self.q_proj = nn.Linear(model.d_model, self.heads * (self.key_dim + self.turned), bias=False)
+        self.latent_proj = nn.Linear(model.d_model, self.latent_dim + self.turned, bias=False)
         self.latent_norm = RMSNorm(self.latent_dim)
-        self.k_proj = Linear(self.latent_dim, heads_width, bias=False)
-        self.v_proj = Linear(self.latent_dim, heads_width, bias=False)
-        self.o_proj = Linear(heads_width, model.d_model, bias=False)
+        self.k_proj = nn.Linear(self.latent_dim, heads_width, bias=False)
+        self.v_proj = nn.Linear(self.latent_dim, heads_width, bias=False)
+        self.o_proj = nn.Linear(heads_width, model.d_model, bias=False)
 
     def _entries(self, x: Tensor, segments: Segments) -> tuple[Tensor, Entries]:
         """q [B, T, H, K + R], and the normed latent [B, T, L] and rotated key [B, T, R]."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.key_dim + self.turned))
-        latent, key = self.latent_proj(x).split([self.latent_dim, self.turned], -1)
+        q = project(x, self.q_proj).unflatten(-1, (self.heads, self.key_dim + self.turned))
+        latent, key = project(x, self.latent_proj).split([self.latent_dim, self.turned], -1)
         if self.rope is not None:
             turn = phases(segments, self.rope, x.dtype)
             plain, turned = q.split([self.key_dim, self.turned], -1)
@@ -63,14 +63,14 @@ class LatentAttention(CachedAttention[LatentState]):
         return self._out(self.ops.whole(q, *self._expanded(entries), segments, self.window, self.logits(), self._drop))
 
     def _over(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None, step: bool) -> Tensor:
-        if step:
+        if step and is_bare(self.k_proj) and is_bare(self.v_proj):  # their weights are read
             return self._absorbed(q, entries, visible, distance)
         return self._out(self.ops.cached(q, *self._expanded(entries), visible, distance, self.logits()))
 
     def _expanded(self, entries: Entries) -> Entries:
         """k [B, S, H, K + R] and v [B, S, H, K]."""
         latent, key = entries
-        k, v = (p(latent).unflatten(-1, (self.heads, self.key_dim)) for p in (self.k_proj, self.v_proj))
+        k, v = (project(latent, p).unflatten(-1, (self.heads, self.key_dim)) for p in (self.k_proj, self.v_proj))
         return torch.cat([k, key[:, :, None].expand(-1, -1, self.heads, -1)], -1), v
 
     def _absorbed(self, q: Tensor, entries: Entries, visible: Tensor, distance: Tensor | None) -> Tensor:
@@ -92,9 +92,8 @@ class LatentAttention(CachedAttention[LatentState]):
         *,
         rollback: int = 0,
     ) -> LatentState:
-        weight = self.q_proj.weight
+        device, dtype = self.placement(device, dtype)
         slots, window = self._slots(max_tokens, rollback)
-        device, dtype = device or weight.device, dtype or weight.dtype
         latent, rotated = (
             torch.zeros(batch, slots, n, device=device, dtype=dtype) for n in (self.latent_dim, self.turned)
         )

@@ -8,7 +8,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops, swiglu
-from ..layers.linear import Linear, joined
+from ..layers.linear import project
 from ..layers.share import Share, Split, columns
 from ..segments import Segments
 from ..spec import Mamba1Spec, StackSpec
@@ -25,38 +25,39 @@ class Mamba1(Mamba):
         super().__init__()
         width = stack.model.d_model
         self.spec = spec
-        inner, rank = spec.inner_width(width), spec.rank(width)
+        self.inner, self.rank = inner, rank = spec.inner_width(width), spec.rank(width)
         conv = select("conv", target, width=spec.d_conv, channels=inner)
         self.choices = (select("selective_scan", target, numbers=spec.d_state), conv)
         self.ops, self.conv = (choice.kernels for choice in self.choices)
-        self.z_proj = Linear(width, inner, bias=False)
-        self.x_proj = Linear(width, inner, bias=False)
+        self.z_proj = nn.Linear(width, inner, bias=False)
+        self.x_proj = nn.Linear(width, inner, bias=False)
         self.x_conv = ShortConv(inner, spec.d_conv)
-        self.rank_proj = Linear(inner, rank, bias=False)
-        self.B_proj = Linear(inner, spec.d_state, bias=False)
-        self.C_proj = Linear(inner, spec.d_state, bias=False)
-        self.dt_proj = Linear(rank, inner, bias=False)
+        self.rank_proj = nn.Linear(inner, rank, bias=False)
+        self.B_proj = nn.Linear(inner, spec.d_state, bias=False)
+        self.C_proj = nn.Linear(inner, spec.d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
         self.scan = StateSpace({"A_log": (inner, spec.d_state), "D": (inner,), "dt_bias": (inner,)})
-        self.out_proj = Linear(inner, width, bias=False)
+        self.out_proj = nn.Linear(inner, width, bias=False)
 
     def _inputs(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """(x, dt [B, T, D], A [D, N], B, C [B, T, N]), D the inner width, and the convolution's state."""
         taps, scan = self.x_conv, self.scan
-        values, conv = self.conv(self.x_proj(x), taps.weight.to(x.dtype), taps.bias.to(x.dtype), conv, segments)
-        widths = [self.dt_proj.in_features, self.spec.d_state, self.spec.d_state]
-        shared = self.share.total(joined(values, (self.rank_proj, self.B_proj, self.C_proj)))
+        values = project(x, self.x_proj)
+        values, conv = self.conv(values, taps.weight.to(x.dtype), taps.bias.to(x.dtype), conv, segments)
+        widths = [self.rank, self.spec.d_state, self.spec.d_state]
+        shared = self.share.total(project(values, self.rank_proj, self.B_proj, self.C_proj))
         low, B, C = shared.split(widths, -1)
-        dt = F.softplus(self.dt_proj(low).to(wide(x.dtype)) + scan.dt_bias)
+        dt = F.softplus(project(low, self.dt_proj).to(wide(x.dtype)) + scan.dt_bias)
         return (values, dt, -torch.exp(scan.A_log), B, C), conv
 
     def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
         y = torch.addcmul(y, values.to(y.dtype), self.scan.D).to(x.dtype)
-        return segments.mask(self.out_proj(swiglu(self.z_proj(x), y)))
+        return segments.mask(project(swiglu(project(x, self.z_proj), y), self.out_proj))
 
     def split(self, share: Share) -> Split:
         """By channels: what a token's B, C and dt are made of is summed over the ranks."""
         self.share = share
-        share.divided(self.z_proj.out_features, "the inner width of mamba, expand x model.d_model")
+        self.inner = share.divided(self.inner, "the inner width of mamba, expand x model.d_model")
         names = ("z_proj.weight", "x_proj.weight", "dt_proj.weight", "x_conv.weight", "x_conv.bias")
         rows = (f"{name}_proj.weight" for name in ("rank", "B", "C", "out"))
         return {**columns((*names, "scan.A_log", "scan.D", "scan.dt_bias")), **dict.fromkeys(rows, 1)}
@@ -70,11 +71,9 @@ class Mamba1(Mamba):
         *,
         rollback: int = 0,
     ) -> SSMState:
-        weight, spec = self.z_proj.weight, self.spec
-        device, dtype = device or weight.device, dtype or weight.dtype
-        inner = weight.shape[0]
-        ssm = torch.zeros(batch, inner, spec.d_state, device=device, dtype=wide(dtype))
-        return SSMState(ssm, torch.zeros(batch, spec.d_conv - 1, inner, device=device, dtype=dtype))
+        device, dtype = self.placement(device, dtype)
+        ssm = torch.zeros(batch, self.inner, self.spec.d_state, device=device, dtype=wide(dtype))
+        return SSMState(ssm, torch.zeros(batch, self.spec.d_conv - 1, self.inner, device=device, dtype=dtype))
 
     def flops(self, tokens: int) -> int:
         """The projections, and per token and channel the taps and 7 for each of N numbers of state.
@@ -82,7 +81,7 @@ class Mamba1(Mamba):
         Those are dt A and its exponential, x dt B, a multiply-add into the state, and one out of it (3 + 2 + 2).
         """
         spec = self.spec
-        return matmul_flops(self, tokens) + tokens * self.z_proj.out_features * (2 * spec.d_conv + 7 * spec.d_state)
+        return matmul_flops(self, tokens) + tokens * self.inner * (2 * spec.d_conv + 7 * spec.d_state)
 
     @torch.no_grad()
     def reset_parameters(self, out_scale: float = 1.0) -> None:

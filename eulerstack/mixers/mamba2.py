@@ -8,7 +8,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
-from ..layers.linear import Linear, joined
+from ..layers.linear import project
 from ..layers.norm import RMSNorm
 from ..layers.share import Share, Split, columns
 from ..segments import Segments
@@ -34,36 +34,36 @@ class Mamba2(Mamba):
         self.choices = (select("ssd", target, numbers=spec.d_state), conv)
         self.ops, self.conv = (choice.kernels for choice in self.choices)
         self.heads = inner // spec.head_dim
-        self.z_proj = Linear(width, inner, bias=False)
-        self.x_proj = Linear(width, inner, bias=False)
-        self.B_proj = Linear(width, shared, bias=False)
-        self.C_proj = Linear(width, shared, bias=False)
-        self.dt_proj = Linear(width, self.heads, bias=False)
+        self.z_proj = nn.Linear(width, inner, bias=False)
+        self.x_proj = nn.Linear(width, inner, bias=False)
+        self.B_proj = nn.Linear(width, shared, bias=False)
+        self.C_proj = nn.Linear(width, shared, bias=False)
+        self.dt_proj = nn.Linear(width, self.heads, bias=False)
         self.x_conv = ShortConv(inner, spec.d_conv)
         self.B_conv = ShortConv(shared, spec.d_conv)
         self.C_conv = ShortConv(shared, spec.d_conv)
         self.scan = StateSpace(dict.fromkeys(("A_log", "D", "dt_bias"), (self.heads,)))
         self.norm = RMSNorm(inner, spec.n_groups)
-        self.out_proj = Linear(inner, width, bias=False)
+        self.out_proj = nn.Linear(inner, width, bias=False)
 
     def _inputs(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """(x [B, T, H, P], dt [B, T, H], A [H], B, C [B, T, G, N]) and the convolution's state."""
-        values = joined(x, (self.x_proj, self.B_proj, self.C_proj))
+        values = project(x, self.x_proj, self.B_proj, self.C_proj)
         convs = (self.x_conv, self.B_conv, self.C_conv)
         taps, bias = torch.cat([conv.weight for conv in convs]), torch.cat([conv.bias for conv in convs])
         mixed, conv = self.conv(values, taps.to(x.dtype), bias.to(x.dtype), conv, segments)
         shared = self.groups * self.spec.d_state
-        values, B, C = mixed.split([self.z_proj.out_features, shared, shared], -1)
+        values, B, C = mixed.split([self.heads * self.spec.head_dim, shared, shared], -1)
         scan = self.scan
-        dt = F.softplus(self.dt_proj(x).to(wide(x.dtype)) + scan.dt_bias)
+        dt = F.softplus(project(x, self.dt_proj).to(wide(x.dtype)) + scan.dt_bias)
         B, C = (t.unflatten(-1, (self.groups, self.spec.d_state)) for t in (B, C))
         return (values.unflatten(-1, (self.heads, self.spec.head_dim)), dt, -torch.exp(scan.A_log), B, C), conv
 
     def _out(self, x: Tensor, y: Tensor, values: Tensor, segments: Segments) -> Tensor:
         y = torch.addcmul(y, values.to(y.dtype), self.scan.D[:, None]).to(x.dtype).flatten(2)
-        gate = F.silu(self.z_proj(x))
+        gate = F.silu(project(x, self.z_proj))
         y = self.norm(y) * gate if self.spec.norm_before_gate else self.norm(y * gate)
-        return segments.mask(self.out_proj(y))
+        return segments.mask(project(y, self.out_proj))
 
     def split(self, share: Share) -> Split:
         """By heads, with their groups; a single group's B and C are held whole, and its norm is over all ranks."""
@@ -86,9 +86,8 @@ class Mamba2(Mamba):
         *,
         rollback: int = 0,
     ) -> SSMState:
-        weight, spec = self.z_proj.weight, self.spec
-        device, dtype = device or weight.device, dtype or weight.dtype
-        channels = self.z_proj.out_features + 2 * self.groups * spec.d_state
+        (device, dtype), spec = self.placement(device, dtype), self.spec
+        channels = self.heads * spec.head_dim + 2 * self.groups * spec.d_state
         ssm = torch.zeros(batch, self.heads, spec.head_dim, spec.d_state, device=device, dtype=wide(dtype))
         return SSMState(ssm, torch.zeros(batch, spec.d_conv - 1, channels, device=device, dtype=dtype))
 

@@ -12,7 +12,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
-from ..layers.linear import Linear, beside
+from ..layers.linear import project, project_each
 from ..layers.norm import layer_norm
 from ..layers.precision import FullPrecision
 from ..layers.rope import make_rope, phases, rotate
@@ -50,13 +50,13 @@ class Decay(nn.Module):
         super().__init__()
         self.gamma, self.heads, self.share = gamma, heads, WHOLE
         self.learned = FullPrecision({"gamma": (heads,)}) if gamma == "learned" else None
-        self.gamma_proj = Linear(width, heads, bias=False) if gamma == "gated" else None
+        self.gamma_proj = nn.Linear(width, heads, bias=False) if gamma == "gated" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.learned is not None:
             return F.logsigmoid(self.learned.tensor("gamma"))
         if self.gamma_proj is not None:
-            return F.logsigmoid(self.gamma_proj(x).to(wide(x.dtype))) / GATE_ROOT
+            return F.logsigmoid(project(x, self.gamma_proj).to(wide(x.dtype))) / GATE_ROOT
         return self.share.part(log_gamma(self.gamma, self.heads, x.device))
 
     def reset_parameters(self) -> None:
@@ -74,7 +74,6 @@ class Retained(Mixer[RetentionState]):
 
     spec: RetNetSpec | LinearAttentionSpec
     ops: Any  # the kernels of retention
-    q_proj: Linear
     heads: int
     key_dim: int
     value_dim: int
@@ -121,9 +120,9 @@ class Retained(Mixer[RetentionState]):
         *,
         rollback: int = 0,
     ) -> RetentionState:
-        weight = self.q_proj.weight
+        device, dtype = self.placement(device, dtype)
         shape = (batch, self.heads, self.key_dim, self.value_dim)
-        return RetentionState(torch.zeros(shape, device=device or weight.device, dtype=wide(dtype or weight.dtype)))
+        return RetentionState(torch.zeros(shape, device=device, dtype=wide(dtype)))
 
     def flops(self, tokens: int) -> int:
         """Per token and head: scores and their sum over half a chunk, feeding and reading the state."""
@@ -152,11 +151,11 @@ class Retention(Retained):
         self.ops = self.choices[0].kernels
         self.rope = make_rope(stack.embedding, stack.model.max_seq_len, self.key_dim) if spec.rope else None
         self.decay = Decay(spec.gamma, width, self.heads)
-        self.q_proj = Linear(width, width, bias=False)
-        self.k_proj = Linear(width, width, bias=False)
-        self.v_proj = Linear(width, value, bias=False)
-        self.g_proj = Linear(width, value, bias=False) if spec.swish_gate else None
-        self.o_proj = Linear(value, width, bias=False)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, value, bias=False)
+        self.g_proj = nn.Linear(width, value, bias=False) if spec.swish_gate else None
+        self.o_proj = nn.Linear(value, width, bias=False)
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         return {"decay": self.decay(x).exp()}
@@ -167,7 +166,7 @@ class Retention(Retained):
 
     def _heads(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K], v [B, T, H, V] and log gamma [H] or [B, T, H]."""
-        q, k, v = beside(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = project_each(x, self.q_proj, self.k_proj, self.v_proj)
         q = q.unflatten(-1, (self.heads, self.key_dim)) * self.scale
         k = k.unflatten(-1, (self.heads, self.key_dim))
         v = v.unflatten(-1, (self.heads, self.value_dim))
@@ -181,8 +180,8 @@ class Retention(Retained):
             y = layer_norm(y, GROUP_NORM_EPS)
         y = y.to(x.dtype).flatten(2)
         if self.g_proj is not None:
-            y = F.silu(self.g_proj(x)) * y
-        return segments.mask(self.o_proj(y))
+            y = F.silu(project(x, self.g_proj)) * y
+        return segments.mask(project(y, self.o_proj))
 
     def reset_parameters(self, out_scale: float = 1.0) -> None:
         self.decay.reset_parameters()

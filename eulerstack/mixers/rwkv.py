@@ -10,7 +10,7 @@ from ..kernels.precision import wide
 from ..kernels.provider import Target
 from ..kernels.select import select
 from ..layers.ffn import init_linear, matmul_flops
-from ..layers.linear import Linear
+from ..layers.linear import project
 from ..layers.precision import FullPrecision
 from ..layers.share import Share, Split, columns
 from ..segments import Segments
@@ -29,16 +29,16 @@ class RWKV(Mixer[WKVState]):
     def __init__(self, spec: RWKVSpec, stack: StackSpec, target: Target = Target()) -> None:
         super().__init__()
         width = stack.model.d_model
-        self.spec = spec
+        self.spec, self.channels = spec, width
         self.choices = (select("wkv", target),)
         self.ops = self.choices[0].kernels
         self.mix_k = nn.Parameter(torch.empty(width))
         self.mix_v = nn.Parameter(torch.empty(width))
         self.mix_r = nn.Parameter(torch.empty(width))
-        self.k_proj = Linear(width, width, bias=False)
-        self.v_proj = Linear(width, width, bias=False)
-        self.r_proj = Linear(width, width, bias=False)
-        self.o_proj = Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.r_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
         self.time = FullPrecision({"decay": (width,), "bonus": (width,)})
 
     def parallel(self, x: Tensor, segments: Segments | None = None) -> Tensor:
@@ -71,17 +71,17 @@ class RWKV(Mixer[WKVState]):
         """The gate, (k, v [B, T, D], w, u [D]) of the kernels, and the input to mix with the next token."""
         before, shift = _before(x, shift, segments)
         k, v, r = (torch.lerp(before, x, mix.to(x.dtype)) for mix in (self.mix_k, self.mix_v, self.mix_r))
-        time = self.time
-        decay, bonus = time.tensor("decay").exp(), time.tensor("bonus")
-        return torch.sigmoid(self.r_proj(r)), (self.k_proj(k), self.v_proj(v), decay, bonus), shift
+        r, k, v = project(r, self.r_proj), project(k, self.k_proj), project(v, self.v_proj)
+        decay, bonus = self.time.tensor("decay").exp(), self.time.tensor("bonus")
+        return torch.sigmoid(r), (k, v, decay, bonus), shift
 
     def _out(self, gate: Tensor, y: Tensor, segments: Segments) -> Tensor:
-        return segments.mask(self.o_proj(gate * y.to(gate.dtype)))
+        return segments.mask(project(gate * y.to(gate.dtype), self.o_proj))
 
     def split(self, share: Share) -> Split:
         """By channels; the mixes are of the whole input."""
         self.share = share
-        share.divided(self.k_proj.out_features, "model.d_model")
+        self.channels = share.divided(self.channels, "model.d_model")
         return {
             **columns(("k_proj.weight", "v_proj.weight", "r_proj.weight", "time.decay", "time.bonus")),
             "o_proj.weight": 1,
@@ -96,15 +96,13 @@ class RWKV(Mixer[WKVState]):
         *,
         rollback: int = 0,
     ) -> WKVState:
-        weight = self.k_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        sums = (torch.zeros(batch, weight.shape[0], device=device, dtype=wide(dtype)) for _ in range(3))
-        return WKVState(torch.zeros(batch, 1, weight.shape[1], device=device, dtype=dtype), *sums)
+        device, dtype = self.placement(device, dtype)
+        sums = (torch.zeros(batch, self.channels, device=device, dtype=wide(dtype)) for _ in range(3))
+        return WKVState(torch.zeros(batch, 1, len(self.mix_k), device=device, dtype=dtype), *sums)
 
     def flops(self, tokens: int) -> int:
         """Per token and channel: a weight and two sums for each token of half a chunk, and for the state."""
-        width = self.k_proj.in_features
-        return matmul_flops(self, tokens) + tokens * width * 6 * (min(self.spec.chunk_size, tokens) // 2 + 1)
+        return matmul_flops(self, tokens) + tokens * len(self.mix_k) * 6 * (min(self.spec.chunk_size, tokens) // 2 + 1)
 
     @torch.no_grad()
     def reset_parameters(self, out_scale: float = 1.0) -> None:
@@ -125,7 +123,8 @@ class RWKV(Mixer[WKVState]):
 def _before(x: Tensor, shift: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """The input before each token, zero at a document's start, and the last one [B, 1, D]."""
     if segments.plain:
-        return torch.cat([shift.to(x.dtype), x[:, :-1]], 1), x[:, -1:].to(shift.dtype, copy=True)
+        inputs = torch.cat([shift.to(x.dtype), x], 1)
+        return inputs[:, :-1], inputs[:, -1:].to(shift.dtype, copy=True)
     inputs, label = joined(x, shift, segments)
     same = label[:, 1:] == label[:, :-1]
     kept = kept_inputs(inputs, label, segments, 1).to(shift.dtype)

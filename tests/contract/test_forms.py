@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eulerstack.segments import Segments
-from eulerstack.testing import CUTS, TOKENS, TOLERANCE, WIDTH, close
+from eulerstack.testing import CUTS, FORMS, TOKENS, TOLERANCE, WIDTH, close
 
 from .cases import MIXERS, contract, make
 
@@ -49,6 +49,19 @@ def test_no_token_sees_the_future_and_every_token_matters(mixer: str) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_promises(mixer: str, promise: str) -> None:
     getattr(contract(mixer), promise)()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_stands_in_a_linear_layers_place_is_called(mixer: str) -> None:
+    promise = contract(mixer)
+    for layers in promise.linears():
+        promise.adapted(layers)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_hooks_on_linear_layers_always_run(mixer: str, form: str) -> None:
+    contract(mixer).hooked(form)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -15,7 +15,7 @@ from eulerstack.kernels.linear import FEW
 from eulerstack.kernels.linear import torch as reference
 from eulerstack.kernels.provider import Target
 from eulerstack.kernels.select import select
-from eulerstack.layers.linear import Linear, beside, joined
+from eulerstack.layers.linear import is_bare, project, project_each
 from eulerstack.layers.serve import serve
 
 from ..conftest import close
@@ -135,24 +135,25 @@ def test_without_openmp_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_serves_every_linear_layer_of_a_stack() -> None:
     stack = es.build(es.load("every_mixer_mini"))
-    layers = [m for m in stack.modules() if isinstance(m, Linear)]
-    plain = [name for name, m in stack.named_modules() if type(m) is nn.Linear]
-    assert len(layers) > 30
-    assert all(layer.ops is fast.linear for layer in layers)
-    assert all("filter" in name or "gate_proj" in name or "router" in name for name in plain), plain
+    layers = {name: m for name, m in stack.named_modules() if isinstance(m, nn.Linear)}
+    bare = [layer for layer in layers.values() if is_bare(layer)]
+    assert len(bare) > 30
+    assert all(layer.ops is fast.linear for layer in bare)
+    others = [name for name, layer in layers.items() if not is_bare(layer)]
+    assert all("filter" in name or "router" in name for name in others), others
 
 
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_is_each_by_itself(rows: int, bias: bool) -> None:
-    layers = [Linear(400, width, bias=bias) for width in (30, 5, 8)]
+    layers = [nn.Linear(400, width, bias=bias) for width in (30, 5, 8)]
     x = torch.randn(1, rows, 400)
     serve(nn.ModuleList(layers), Target())
     with torch.no_grad():
         wanted = torch.cat([F.linear(x, layer.weight, layer.bias) for layer in layers], -1)
-        close(joined(x, layers), wanted, 1e-5)
-        close(torch.cat(tuple(beside(x, layers)), -1), wanted, 1e-5)
-    close(joined(x, layers), wanted, 1e-5)
+        close(project(x, *layers), wanted, 1e-5)
+        close(torch.cat(tuple(project_each(x, *layers)), -1), wanted, 1e-5)
+    close(project(x, *layers), wanted, 1e-5)
 
 
 def test_a_forked_process_multiplies_too() -> None:

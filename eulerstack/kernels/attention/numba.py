@@ -24,7 +24,7 @@ def cached(
 ) -> Tensor:
     """PyTorch's; one query of float32 a row, [B, 1, H, K], with plain logits, by the loops below."""
     plain = logits.plain and not drop
-    if not plain or not _fits(q, k, v) or not readable(q, k, v) or not (_together(k) and _together(v)):
+    if not plain or not readable(q, k, v) or not _fits(q, k, v) or not (_together(k) and _together(v)):
         return reference.cached(q, k, v, visible, distance, logits, drop)
     (B, S, G, K), H, V = k.shape, q.shape[2], v.shape[3]
     q, seen = q.contiguous(), visible.expand(B, 1, S).contiguous()

@@ -12,11 +12,14 @@ from ...segments import Segments
 from ..compiled import compiled, exp, spread, view
 from ..precision import wide, without_autocast
 from ..provider import Provider, on_cpu
+from ..tracing import unless_traced
+from . import torch as reference
 from .windows import joined, kept_inputs
 
 BLOCK = 128  # channels that one thread takes through all tokens
 
 
+@unless_traced(reference.convolve)
 @without_autocast
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """T tokens that continue `state` [B, W-1, D]. Returns silu(y) [B, T, D] and the document's last W - 1 inputs."""

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from ...segments import Segments
+from ..open_length import is_open
 from ..provider import Provider, anywhere
 from .windows import joined, kept_inputs, shifted_products
 
@@ -15,6 +16,8 @@ from .windows import joined, kept_inputs, shifted_products
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """T tokens that continue `state` [B, W-1, D]. Returns silu(y) [B, T, D] and the document's last W - 1 inputs."""
     kept = weight.shape[1] - 1
+    if segments.plain and is_open(x.shape[1]):
+        return _open_convolution(x, weight, bias, state)
     if segments.plain:
         y: Tensor = _SiluOfShiftedProducts.apply(x, state.to(x.dtype), weight, bias)
         recent = x[:, -kept:].to(state.dtype, copy=True)  # no view: it would keep all of x alive
@@ -22,6 +25,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, segments: S
     inputs, label = joined(x, state, segments)
     y = silu(shifted_products(inputs, label, weight) + bias)
     return y, kept_inputs(inputs, label, segments, kept).to(state.dtype)
+
+
+def _open_convolution(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of a number that is not known yet: it may be less than the state's."""
+    inputs = torch.cat([state.to(x.dtype), x], 1)
+    token, slot = (torch.arange(count, device=x.device) for count in (x.shape[1], state.shape[1]))
+    y = bias + sum(inputs[:, token + tap] * weight[:, tap] for tap in range(weight.shape[1]))
+    return silu(y), inputs[:, slot + x.shape[1]].to(state.dtype)
 
 
 class _SiluOfShiftedProducts(torch.autograd.Function):

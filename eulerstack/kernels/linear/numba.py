@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..compiled import compiled, on_openmp, openmp_refuses, readable, shared, this_share
 from ..provider import Provider, Target
+from ..tracing import unless_traced
 from . import FEW, onednn
 from . import torch as reference
 
@@ -25,6 +26,7 @@ BLOCK = 4  # outputs of a run whose weights stay in a core's cache while all row
 GRAIN = 1 << 16  # products that are worth one more thread
 
 
+@unless_traced(reference.linear)
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """Up to FEW rows of float32 that want no gradient by the loops below, all weights in one call; many by oneDNN."""
     if not _serves(x, weights):
@@ -40,7 +42,7 @@ def _many() -> Callable[..., Tensor]:
 
 def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
     inputs, numbers = x.shape[-1], 0
-    if not 0 < x.numel() <= FEW * inputs or not readable(x, *weights):
+    if not readable(x, *weights) or not 0 < x.numel() <= FEW * inputs:
         return False
     for weight in weights:
         if weight.shape[-1] != inputs or not weight.is_contiguous():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..provider import Provider, Target, on_cpu
 from ..shapes import is_plain
+from ..tracing import is_traced
 from . import FEW, rows
 from . import torch as reference
 
@@ -32,9 +33,10 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 
 
 def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    if is_traced() or torch.is_autocast_enabled("cpu"):
+        return False
     many = x.numel() >= LEAST and rows(x) > FEW
-    fits = many and is_plain(x) and all(is_plain(w) and w.shape[-1] == x.shape[-1] for w in weights)
-    return fits and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return many and is_plain(x) and all(is_plain(w) and w.shape[-1] == x.shape[-1] for w in weights)
 
 
 def refuses(target: Target, **needs: object) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...segments import Segments
+from ..open_length import is_open
 from ..precision import wide, without_autocast
 from ..provider import Forms, Provider, anywhere
 
@@ -63,10 +64,21 @@ def _by_document(x: Tensor, taps: Tensor, history: Tensor | None, segments: Segm
 def _filtered(rows: Tensor, taps: Tensor) -> Tensor:
     """[N, P, D]: twice as long a transform, so that nothing wraps around."""
     tokens = rows.shape[1]
+    if is_open(tokens):
+        return _open_filtered(rows, taps)
     size = max(2 * tokens, 2)
     spectrum = torch.fft.rfft(rows, size, dim=1) * torch.fft.rfft(taps[:tokens].to(rows.dtype), size, dim=0)
     y: Tensor = torch.fft.irfft(spectrum, size, dim=1)
     return y[:, :tokens]
+
+
+def _open_filtered(rows: Tensor, taps: Tensor) -> Tensor:
+    """A length that is not known yet, which stands last so that nothing depends on how wide the rows are."""
+    tokens = rows.shape[1]
+    rows, taps = rows.transpose(1, 2).contiguous(), taps[:tokens].to(rows.dtype).T.contiguous()
+    spectrum = torch.fft.rfft(rows, 2 * tokens) * torch.fft.rfft(taps, 2 * tokens)
+    y: Tensor = torch.fft.irfft(spectrum, 2 * tokens)
+    return y[..., :tokens].transpose(1, 2)
 
 
 PROVIDER = Provider(Forms(parallel, chunkwise, recurrent), anywhere)

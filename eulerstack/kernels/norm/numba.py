@@ -16,14 +16,17 @@ from . import torch as reference
 
 def rms_norm(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """PyTorch's; up to FEW rows of float32 that want no gradient by the loop below."""
-    fits = x.shape[-1:] == weight.shape and 0 < x.numel() <= FEW * weight.numel() and weight.is_contiguous()
-    if not fits or not readable(x, weight):
+    if not readable(x, weight) or not _fits(x, weight):
         return reference.rms_norm(x, weight, groups)
     x = x.contiguous()
     y = torch.empty_like(x)
     width = weight.numel() // groups
     on_openmp(shared(_all_rows), (x, weight, y), (x.numel() // width, groups, width), threads=1)
     return y
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[-1:] == weight.shape and 0 < x.numel() <= FEW * weight.numel() and weight.is_contiguous()
 
 
 def _all_rows(pointers: Any) -> None:

@@ -15,10 +15,13 @@ from ...segments import Segments
 from ..compiled import compiled, exp, spread, view
 from ..precision import without_autocast
 from ..provider import Forms, Provider, on_cpu
+from ..tracing import unless_traced
+from . import torch as reference
 from .step import recurrent
 from .torch import decays_of, in_spans, parallel
 
 
+@unless_traced(reference.chunkwise)
 @without_autocast
 def chunkwise(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, segments: Segments, chunk_size: int

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...segments import Segments
+from ..open_length import is_open
 from ..precision import wide, without_autocast
 from ..provider import Forms, Kernel, Provider, anywhere
+from ..tracing import makes_program
 
 
 @without_autocast
@@ -67,9 +69,13 @@ def in_spans(
 ) -> tuple[Tensor, Tensor]:
     """`span` over the whole chunks, and over what is left.
 
-    A ragged last chunk is a chunk of its own length, so it decays the state by just the tokens it has.
+    A ragged last chunk is a chunk of its own length, so it decays the state by just the tokens it has. A length that
+    is not known yet is one chunk.
     """
     tokens = v.shape[1]
+    if is_open(tokens):
+        whole: tuple[Tensor, Tensor] = span(q, k, v, log_decay, state, segments, tokens)
+        return whole
     if tokens == 0:
         return v.to(state.dtype), state
     parts = []
@@ -182,9 +188,12 @@ class _Decayed(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, total: Tensor, visible: Tensor) -> Tensor:
         later, earlier = total[..., :, None], total[..., None, :]
         shape = torch.broadcast_shapes(later.shape, earlier.shape, visible.shape)
-        decay = torch.empty(shape, dtype=scores.dtype, device=scores.device)
-        torch.sub(later.expand(shape), earlier, out=decay)
-        decay.masked_fill_(~visible, -torch.inf).exp_()
+        if makes_program():  # whose gradients cannot pass what is written into a given tensor
+            decay = (later - earlier).to(scores.dtype).masked_fill(~visible, -torch.inf).exp()
+        else:
+            decay = torch.empty(shape, dtype=scores.dtype, device=scores.device)
+            torch.sub(later.expand(shape), earlier, out=decay)
+            decay.masked_fill_(~visible, -torch.inf).exp_()
         ctx.save_for_backward(scores, decay)
         ctx.total_shape = total.shape
         return (_by_group(decay, scores) * scores.unsqueeze(3)).flatten(2, 3)

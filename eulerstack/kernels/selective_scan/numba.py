@@ -15,12 +15,15 @@ from ...segments import Segments
 from ..compiled import compiled, exp, spread, view
 from ..precision import without_autocast
 from ..provider import Forms, Provider, on_cpu
+from ..tracing import unless_traced
+from . import torch as reference
 from .torch import opens, parallel, recurrent
 
 BLOCK = 64  # channels: wide enough for vector loops, and the states of some dozens each fit the first-level cache
 GOES_ON, OPENS, PADDING = 0, 1, 2  # what a token does
 
 
+@unless_traced(reference.chunkwise)
 @without_autocast
 def chunkwise(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, segments: Segments, chunk_size: int

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...segments import Segments
+from ..open_length import delay, is_open, reaches
 from ..precision import wide, without_autocast
 from ..provider import Forms, Provider, anywhere
 
@@ -15,14 +16,16 @@ from ..provider import Forms, Provider, anywhere
 @without_autocast
 def parallel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments) -> Tensor:
     """A prefix scan of log2(T) steps over a whole sequence, without an earlier state. Returns y [B, T, D], wide."""
-    dtype = wide(x.dtype)
-    decay, state = _terms(x, dt, A, B, segments, dtype)
-    reach = 1  # tokens that `state` sums up, and over which `decay` has multiplied
-    while reach < x.shape[1]:
-        earlier, shorter = (pad(t[:, :-reach], (0, 0, 0, 0, reach, 0)) for t in (state, decay))
-        state, decay = torch.addcmul(state, decay, earlier), decay * shorter
-        reach *= 2
-    return segments.mask(_read(state, C))
+    _, states = _scan(*_terms(x, dt, A, B, segments, wide(x.dtype)))
+    return segments.mask(_read(states, C))
+
+
+def _scan(decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The products of the decays up to each token, and the states after it from none before, [B, T, D, N] both."""
+    for reach in reaches(state.shape[1]):  # tokens that `state` sums up, and over which `decay` has multiplied
+        state = torch.addcmul(state, decay, delay(state, reach))
+        decay = decay * delay(decay, reach, 1.0)
+    return decay, state
 
 
 @without_autocast
@@ -31,8 +34,13 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """T tokens that continue `state`, one by one; [B, T, D, N] is made for `chunk_size` tokens at a time.
 
-    Returns y [B, T, D], at least float32, and the state after the last real token.
+    A length that is not known yet takes a prefix scan. Returns y [B, T, D], at least float32, and the state after the
+    last real token.
     """
+    if is_open(x.shape[1]):
+        decay, own = _scan(*_terms(x, dt, A, B, segments, state.dtype))
+        after = torch.addcmul(own, decay, state[:, None])
+        return segments.mask(_read(after, C)), after[:, -1]
     outs = [x[:, :0].to(state.dtype)]
     for start in range(0, x.shape[1], chunk_size):
         part = slice(start, start + chunk_size)

@@ -6,9 +6,9 @@ result does not depend on which number is subtracted, so no gradient goes throug
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...segments import Segments
+from ..open_length import delay, is_open, reaches
 from ..precision import wide, without_autocast
 from ..provider import Forms, Provider, anywhere
 
@@ -20,16 +20,20 @@ NOTHING = -1e300  # the exponent of what is not there
 @without_autocast
 def parallel(k: Tensor, v: Tensor, w: Tensor, u: Tensor, segments: Segments) -> Tensor:
     """A whole sequence without an earlier state, by a scan of logarithmic depth. Returns y [B, T, D], wide."""
-    dtype, k64 = wide(v.dtype), k.double()
+    k64, v = k.double(), v.to(wide(v.dtype))
+    return segments.mask(_with_bonus(k64, v, u.double(), *_scan(k64, v, w.double(), segments)))
+
+
+def _scan(k: Tensor, v: Tensor, w: Tensor, segments: Segments) -> State:
+    """The sums over the tokens of a document before each, [B, T, D]."""
     label = torch.zeros(k.shape[:2], dtype=torch.int64, device=k.device) if segments.plain else segments.label
-    top = k64.detach()
-    weight = (k64 - top).exp().to(dtype)  # one, with k's gradient
-    total, v, step = weight * v.to(dtype), v.to(dtype), 1
-    while step < k.shape[1]:
-        total, weight, top = _joined(total, weight, top, w.double(), label, step)
-        step *= 2
-    before = [_shifted(t, label, 1, nothing) for t, nothing in ((total, 0.0), (weight, 0.0), (top, NOTHING))]
-    return segments.mask(_with_bonus(k64, v, u.double(), *before))
+    top = k.detach()
+    weight = (k - top).exp().to(v.dtype)  # one, with k's gradient
+    total = weight * v
+    for step in reaches(k.shape[1]):
+        total, weight, top = _joined(total, weight, top, w, label, step)
+    total, weight = (_shifted(t, label, 1, 0.0) for t in (total, weight))
+    return total, weight, _shifted(top, label, 1, NOTHING)
 
 
 def _joined(total: Tensor, weight: Tensor, top: Tensor, w: Tensor, label: Tensor, step: int) -> State:
@@ -44,8 +48,8 @@ def _joined(total: Tensor, weight: Tensor, top: Tensor, w: Tensor, label: Tensor
 
 def _shifted(x: Tensor, label: Tensor, step: int, nothing: float) -> Tensor:
     """x of `step` tokens before, `nothing` where that is another document."""
-    same = label[:, step:] == label[:, :-step]
-    return pad(torch.where(same[..., None], x[:, :-step], nothing), (0, 0, step, 0), value=nothing)
+    same = delay(label, step, -2) == label
+    return torch.where(same[..., None], delay(x, step), nothing)
 
 
 def _with_bonus(k: Tensor, v: Tensor, u: Tensor, total: Tensor, weight: Tensor, top: Tensor) -> Tensor:
@@ -84,8 +88,11 @@ def chunkwise(
 ) -> tuple[Tensor, State]:
     """T tokens that continue `state`, every pair in a chunk of `chunk_size` at once.
 
-    Returns y [B, T, D], at least float32, and the state after the last real token.
+    A length that is not known yet takes a scan. Returns y [B, T, D], at least float32, and the state after the last
+    real token.
     """
+    if is_open(k.shape[1]):
+        return _open_chunk(k.double(), v.to(state[0].dtype), w.double(), u.double(), state, segments)
     parts, v = [], v.to(state[0].dtype)
     for start in range(0, k.shape[1], chunk_size):
         stop = min(start + chunk_size, k.shape[1])
@@ -93,6 +100,18 @@ def chunkwise(
         y, state = _chunk(k[:, start:stop].double(), v[:, start:stop], w.double(), u.double(), state, where)
         parts.append(y)
     return torch.cat(parts, 1) if parts else v, state
+
+
+def _open_chunk(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: State, segments: Segments) -> tuple[Tensor, State]:
+    """One chunk of a length that is not known yet: [B, T, D] and no pairs."""
+    total, weight, top = _scan(k, v, w, segments)
+    held = _known(state)[:, None] - _since(segments, k.shape[0])[..., None] * w
+    if not segments.plain:
+        held = held.masked_fill((segments.label != 0)[..., None], NOTHING)
+    most = torch.maximum(top, held).detach()
+    keep, add = (top - most).exp().to(v.dtype), (held - most).exp().to(v.dtype)
+    before = total * keep + state[0][:, None] * add, weight * keep + state[1][:, None] * add, most
+    return segments.mask(_with_bonus(k, v, u, *before)), _after(k, v, w, state, segments)
 
 
 def _chunk(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: State, segments: Segments) -> tuple[Tensor, State]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, cat, nn, where
+from torch import Tensor, cat, nn, where, zeros
 
 from eulerstack.kernels.precision import wide
 from eulerstack.layers.ffn import init_linear, matmul_flops
@@ -30,8 +30,8 @@ class MinGRU(Mixer[MinGRUState]):
             init_linear(layer, out_scale if layer is self.o_proj else 1.0)
 
     def init_state(self, batch, max_tokens, device=None, dtype=None, *, rollback=0):
-        own = self.o_proj.weight
-        return MinGRUState(own.new_zeros(batch, 1, self.inner, device=device, dtype=wide(dtype or own.dtype)))
+        device, dtype = self.placement(device, dtype)
+        return MinGRUState(zeros(batch, 1, self.inner, device=device, dtype=wide(dtype)))
 
     def flops(self, tokens):
         return matmul_flops(self, tokens) + 4 * tokens * self.inner
