@@ -1,5 +1,6 @@
 """The suites can fail: each of these small faults, of kinds that have hit released code, is caught by one of them."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ MUTANTS = {
     "padding decays a state": (
         "kernels/retention/torch.py", "return segments.mask(decay)", "return decay.expand(segments.position.shape[0], -1, -1)"),
     "a step ignores the document's start": (
-        "kernels/retention/torch.py", "decay = decay * (segments.running == 0)", "decay = decay * 1"),
+        "kernels/retention/torch.py", "decay if segments.plain else decay * (segments.running == 0)", "decay"),
     "the convolution sees the document before": (
         "kernels/conv/windows.py", "seen = (label[:, tap : tap + tokens] == own)[..., None]", "seen = (label[:, tap : tap + tokens] >= 0)[..., None]"),
     "the convolution's state has padding in it": (
@@ -80,7 +81,7 @@ ENGINES = {
     "who came last is served first": (
         "inference/engine.py", "request = self.waiting.popleft()", "request = self.waiting.pop()"),
     "later chunks overwrite a short prompt's last logits": (
-        "inference/generate.py", "last = torch.where((left > 0)[:, None], ends, last)", "last = ends"),
+        "inference/generate.py", "last = torch.where((left > 0)[:, None], ends[:, 0], last)", "last = ends[:, 0]"),
     "positions count padding on the left": (
         "segments.py", "offset = torch.where(begins, index, 0)", "offset = torch.where(begins & (label > 0), index, 0)"),
     "a recorded step is given the tokens it was recorded with": (
@@ -96,26 +97,40 @@ ENGINES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", MUTANTS | ENGINES)
+def test_what_a_mutant_changes_stands_once_in_its_file(name: str) -> None:
+    """Quick: who changes such a line learns of it here, and not from `make test-full`."""
+    mutated(name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    caught(MUTANTS[name], tmp_path, "tests/contract", "tests/kernels")
+    caught(name, tmp_path, "tests/contract", "tests/kernels")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
 def test_mutant_is_caught_by_what_is_generated(name: str, tmp_path: Path) -> None:
-    caught(ENGINES[name], tmp_path, "tests/inference/test_equal.py", "tests/inference/test_failures.py")
+    caught(name, tmp_path, "tests/inference/test_equal.py", "tests/inference/test_failures.py")
 
 
-def caught(mutant: tuple[str, str, str], tmp_path: Path, *tests: str) -> None:
-    file, sound, faulty = mutant
+def mutated(name: str) -> tuple[str, str]:
+    """A mutant's file, below eulerstack/, and its text with the fault."""
+    file, sound, faulty = (MUTANTS | ENGINES)[name]
+    text = (ROOT / "eulerstack" / file).read_text(encoding="utf-8")
+    assert text.count(sound) == 1, f"{sound!r} stands {text.count(sound)} times in eulerstack/{file}: change MUTANTS"
+    changed = text.replace(sound, faulty)
+    assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(text)), "nothing changes"
+    return file, changed
+
+
+def caught(name: str, tmp_path: Path, *tests: str) -> None:
+    file, changed = mutated(name)
     for part in ("eulerstack", "tests", "presets"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    text = (tmp_path / "eulerstack" / file).read_text()
-    assert text.count(sound) == 1, text.count(sound)
-    (tmp_path / "eulerstack" / file).write_text(text.replace(sound, faulty))
+    (tmp_path / "eulerstack" / file).write_text(changed, encoding="utf-8")
     words = ["-m", "pytest", *tests, "-x", "-m", "not slow", "-p", "no:cacheprovider"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=environment)
