@@ -32,7 +32,7 @@ test: $(READY)
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-full: $(READY)
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" --hypothesis-profile=fresh
 
 # Triton's interpreter runs the GPU kernels on a CPU, slowly: their results, not their speed. Pinned, because the test
 # has to reach into the interpreter; in a folder of its own, because other tests are of a machine without it.

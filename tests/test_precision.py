@@ -11,7 +11,7 @@ from eulerstack.layers.rope import make_rope, phases
 from eulerstack.mixers import Retention
 from eulerstack.segments import Segments
 from eulerstack.spec import EmbeddingSpec
-from eulerstack.testing import WIDTH
+from eulerstack.testing import WIDTH, Contract
 
 from .conftest import close, rms_ratio
 from .contract.cases import MIXERS, contract, make
@@ -80,6 +80,26 @@ def test_recurrent_states_are_float32_in_a_bfloat16_model(mixer: str) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_bfloat16_is_near_float64(mixer: str, form: str) -> None:
     contract(mixer).bfloat16(form)
+
+
+@pytest.mark.parametrize(("mixer", "seed"), [("retnet", 78), ("retnet", 4000012), ("hyena_deep", 18)])
+def test_bfloat16_is_near_float64_where_a_norm_divides_by_next_to_nothing(mixer: str, seed: int) -> None:
+    """Weights and inputs that give one token's head a sum near 0: its sign, and the group norm's output, is rounding."""
+    Contract(lambda dtype: make(mixer, dtype, seed)).bfloat16("parallel")
+
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_bfloat16_is_far_where_many_tokens_are_off(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All by two hundredths, or the last 8 of 48 by five."""
+    chunkwise = Retention.chunkwise
+
+    def off(mixer: Retention, *call: object, **more: object) -> tuple[torch.Tensor, object]:
+        y, state = chunkwise(mixer, *call, **more)  # type: ignore[arg-type]
+        return torch.cat([y[:, :first], y[:, first:] * (1.05 if first else 1.02)], 1), state
+
+    monkeypatch.setattr(Retention, "chunkwise", off)
+    with pytest.raises(AssertionError, match="root mean square"):
+        contract("retnet").bfloat16("chunkwise")
 
 
 def test_autocast_leaves_decays_and_states_alone(build_mini: Callable[..., es.Stack]) -> None:

@@ -101,7 +101,7 @@ def agree(case: tuple[Case, int, int, int], seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_any_mixer(name: str, data: st.DataObject, seed: int) -> None:
     agree(data.draw(cases(name)), seed)
@@ -109,7 +109,7 @@ def test_any_mixer(name: str, data: st.DataObject, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), seed=st.integers(0, 1 << 30))
 def test_any_mixer_at_length(name: str, data: st.DataObject, seed: int) -> None:
     agree(data.draw(cases(name)), seed)

@@ -74,7 +74,7 @@ def batches(draw: st.DrawFn) -> tuple[list[Row], list[int], list[int | None]]:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(case=batches())
 def test_any_batch_in_any_pieces(mixer: str, case: tuple[list[Row], list[int], list[int | None]]) -> None:
     contract(mixer).batch(*case, torch.float64)
@@ -82,7 +82,7 @@ def test_any_batch_in_any_pieces(mixer: str, case: tuple[list[Row], list[int], l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(case=batches())
 def test_any_batch_in_any_pieces_at_length(mixer: str, case: tuple[list[Row], list[int], list[int | None]]) -> None:
     contract(mixer).batch(*case, torch.float64)

@@ -23,7 +23,7 @@ from .subjects import MINIS, ROOM, loud, mini, stacks
 from .ways import WAYS, Written, answer, asked, check, distribution, recomputed
 
 QUICK = ["arch_expert_falcon_h1_mini", "arch_intermediate_gemma2_mini", "every_mixer_mini"]
-DRAWN: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+DRAWN: dict[str, Any] = {"suppress_health_check": list(HealthCheck)}
 
 minis = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MINIS])
 ways = pytest.mark.parametrize("way", WAYS)
@@ -55,7 +55,7 @@ def test_a_mini_writes_what_recomputing_gives_beyond_its_own_windows(name: str, 
 
 
 @ways
-@settings(max_examples=10, derandomize=True, **DRAWN)
+@settings(max_examples=10, **DRAWN)
 @given(spec=stacks(), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_any_stack_writes_what_recomputing_gives(way: str, spec: es.StackSpec, lengths: list[int]) -> None:
     agree(loud(spec), way, texts(*lengths), 8)
@@ -144,7 +144,7 @@ SCHEDULE = {
 }
 
 
-@settings(max_examples=15, derandomize=True, **DRAWN)
+@settings(max_examples=15, **DRAWN)
 @given(spec=stacks(), **SCHEDULE)
 def test_any_arrivals_and_cancellations(
     spec: es.StackSpec, slots: int, chunk: int, store: int | None, events: list[Event]
@@ -186,7 +186,7 @@ def drawn_alike(spec: es.StackSpec, rules: list[dict[str, Any]]) -> None:
         assert request.tokens == [sampler(row[None], [0])[0] for row in logits]
 
 
-@settings(max_examples=10, derandomize=True, **DRAWN)
+@settings(max_examples=10, **DRAWN)
 @given(spec=stacks(), rules=st.lists(RULES, min_size=1, max_size=5))
 def test_a_seed_draws_the_same_in_the_engine_alone_and_from_a_recompute(
     spec: es.StackSpec, rules: list[dict[str, Any]]
@@ -237,7 +237,7 @@ def some_stacks(count: int) -> list[es.Stack]:
     """Stacks as hypothesis draws them, all at once."""
     found: list[es.Stack] = []
 
-    @settings(max_examples=count, derandomize=True, phases=[Phase.generate], **DRAWN)
+    @settings(max_examples=count, phases=[Phase.generate], **DRAWN)
     @given(spec=stacks())
     def collect(spec: es.StackSpec) -> None:
         found.append(loud(spec))

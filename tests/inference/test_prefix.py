@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -277,7 +277,6 @@ CHUNK, SUM = GRID * 2 * 8, 8  # bytes of keys and values of a chunk, and of a su
 
 
 @given(PROMPTS, st.lists(st.integers(0, 2), min_size=1, max_size=13))
-@settings(deadline=None)
 def test_finds_what_a_plain_dictionary_finds(prompts: list[list[int]], sought: list[int]) -> None:
     store, plain = PrefixStore(AMPLE, GRID, lambda n: n), set[tuple[int, ...]]()
     for prompt in prompts:
@@ -289,7 +288,6 @@ def test_finds_what_a_plain_dictionary_finds(prompts: list[list[int]], sought: l
 
 
 @given(PROMPTS, st.integers(1, 8 * CHUNK))
-@settings(deadline=None)
 def test_budget_holds_and_every_leaf_is_of_use(prompts: list[list[int]], budget: int) -> None:
     store = PrefixStore(budget, GRID, lambda n: n * n)
     for prompt in prompts:
@@ -307,7 +305,6 @@ def way(node: Node) -> list[Node]:
 
 
 @given(PROMPTS, st.integers(2, 6))
-@settings(deadline=None)
 def test_evicts_what_the_formula_says(prompts: list[list[int]], room: int) -> None:
     """Against the formula written out: of all states that may go, the one worth least goes."""
     store = PrefixStore(room * (CHUNK + SUM), GRID, lambda n: n * n)

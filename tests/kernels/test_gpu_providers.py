@@ -7,7 +7,7 @@ an adapter that asks for something else fails here as it would there.
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -158,19 +158,27 @@ def device(library: str) -> str:
 
 
 def compare(fast: Callable[..., Any], slow: Callable[..., Any], inputs: list[Tensor], bound: float, *rest: Any) -> None:
-    """Outputs and gradients of both, the reference in float64."""
-    found = []
+    """Outputs and gradients of both, the reference in float64, of outputs weighed by the same numbers.
+
+    They are numbers of the inputs' dtype: rounded on the way back in one of both, they would be off by more than a
+    gradient whose terms cancel, as those of decays do.
+    """
+    found, weights = [], list[Tensor]()
     for function, wide in ((fast, None), (slow, torch.float64)):
         leaves = [t.to(wide or t.dtype, copy=True).requires_grad_() for t in inputs]
         outs = function(*leaves, *rest)
         outs = outs if isinstance(outs, tuple) else (outs,)
         outs = (rest[0].mask(outs[0]), *outs[1:])
-        torch.manual_seed(1)
-        weights = [torch.randn(t.shape, dtype=torch.float64).to(t) for t in outs]
-        found.append([*outs, *torch.autograd.grad(outs, leaves, weights, allow_unused=True)])
+        weights = weights or [torch.randn_like(t).to(inputs[0].dtype) for t in outs]
+        found.append([*outs, *gradients(outs, leaves, weights)])
     for got, wanted in zip(*found, strict=True):
         assert (got is None) == (wanted is None)
         assert got is None or rms_ratio(got, wanted) < bound
+
+
+def gradients(outs: Sequence[Tensor], leaves: list[Tensor], weights: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """By the leaves, of the outputs each times its weights."""
+    return torch.autograd.grad(outs, leaves, [w.to(t) for w, t in zip(weights, outs, strict=True)], allow_unused=True)
 
 
 def spaces(dtype: torch.dtype, where: str) -> list[Tensor]:

@@ -30,20 +30,21 @@ NAMES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_forward_state_and_gradients_are_transformers(scale: float) -> None:
+    """In float64, of which transformers rounds the keys alone to float32: gradients of large keys' decays cancel."""
     from transformers import RwkvConfig
     from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 
     torch.manual_seed(0)
     spec = es.StackBuilder(WIDTH, 4).add("rwkv").spec()
-    mixer = make_mixer(expand(spec)[0].mixer, spec)
+    mixer = make_mixer(expand(spec)[0].mixer, spec).double()
     mixer.reset_parameters()
-    peer = RwkvSelfAttention(RwkvConfig(hidden_size=WIDTH, attention_hidden_size=WIDTH))
+    peer = RwkvSelfAttention(RwkvConfig(hidden_size=WIDTH, attention_hidden_size=WIDTH)).double()
     with torch.no_grad():
         mixer.get_parameter("k_proj.weight").mul_(scale)
         for theirs, ours in NAMES.items():
             weight = peer.get_parameter(theirs)
             weight.copy_(mixer.get_parameter(ours).reshape(weight.shape))
-    x = torch.randn(2, TOKENS, WIDTH)
+    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     wanted, _ = peer(x)
     for y in (mixer(x), mixer.parallel(x), _steps(mixer, x)):
         close(y, wanted, 1e-5)
@@ -54,7 +55,7 @@ def test_forward_state_and_gradients_are_transformers(scale: float) -> None:
 
 
 def _steps(mixer, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    state, outs = mixer.init_state(len(x), TOKENS), []
+    state, outs = mixer.init_state(len(x), TOKENS, dtype=x.dtype), []
     for t in range(TOKENS):
         y, state = mixer.recurrent(x[:, t : t + 1], state, Segments.dense(1, t))
         outs.append(y)
