@@ -15,9 +15,12 @@ from hypothesis import HealthCheck, register_random, settings
 import eulerstack as es
 from eulerstack.testing import close, rms_ratio
 
-__all__ = ["FP32", "FP64", "build_mini", "close", "close_by_terms", "rms_ratio"]
+__all__ = ["FP32", "FP64", "PATIENCE", "build_mini", "close", "close_by_terms", "rms_ratio"]
 
 FP64, FP32 = 1e-12, 1e-5
+
+PATIENCE = 300.0
+"""Seconds after which what a test waits for is held to hang, on a machine that has other work as well."""
 
 SEED = int(os.environ.get("EULERSTACK_TEST_SEED", "0"))
 """What the global generators start from in every test; another one draws other inputs for all of them."""

@@ -13,6 +13,8 @@ from click.testing import CliRunner
 import eulerstack as es
 from eulerstack.cli.main import cli
 
+from .conftest import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
@@ -80,7 +82,7 @@ def serve(page: Path, words: list[str], folder: Path) -> None:
             done = subprocess.run([*asked, "--fail"], capture_output=True, text=True)
             assert done.returncode == 0 and done.stdout, (line, done.stderr)
         server.terminate()
-        assert server.wait(60) == 0
+        assert server.wait(PATIENCE) == 0
 
 
 @pytest.mark.slow

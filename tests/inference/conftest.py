@@ -18,6 +18,8 @@ import eulerstack as es
 from eulerstack.inference.engine import Engine
 from eulerstack.tokens import Bytes
 
+from ..conftest import PATIENCE
+
 MINI = "arch_expert_research_mini"
 Build = Callable[..., es.Stack]
 
@@ -61,7 +63,7 @@ def running(
         yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", api, server, thread)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 

@@ -16,6 +16,7 @@ import eulerstack as es
 from eulerstack.inference.engine import Engine
 from eulerstack.tokens import Bytes
 
+from ..conftest import PATIENCE
 from .conftest import process
 
 httpx = pytest.importorskip("httpx", reason="needs pip install 'eulerstack[dev]'")
@@ -26,7 +27,7 @@ Done = tuple[str, int, str]
 
 
 def gauges(url: str) -> dict[str, int]:
-    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=PATIENCE).text.splitlines()
     return {line.split()[0]: int(line.split()[1]) for line in lines if not line.startswith("#")}
 
 
@@ -55,7 +56,7 @@ class Load:
 
     def _client(self, seed: int) -> None:
         dice = random.Random(seed)
-        with httpx.Client(timeout=120) as client:
+        with httpx.Client(timeout=PATIENCE) as client:
             while time.monotonic() < self.end and not self.wrong:
                 prompt, count = f"client {seed}: " + "x" * dice.randrange(40), dice.randrange(1, 40)
                 try:
@@ -107,7 +108,7 @@ def test_64_streaming_clients_for_a_minute(checkpoint: Path) -> None:
         assert after['eulerstack_requests_total{status="200"}'] == len(load.done)
         assert after["eulerstack_generated_tokens_total"] == sum(count for _, count, _ in load.done)
         one.send_signal(signal.SIGTERM)
-        assert one.wait(20) == 0
+        assert one.wait(PATIENCE) == 0
     print(f"{len(load.done)} answers, {sum(count for _, count, _ in load.done)} tokens")
     assert not differing(checkpoint, load.done)
 
@@ -117,7 +118,7 @@ def test_a_signal_amid_the_load_lets_every_stream_end(checkpoint: Path) -> None:
         load = Load(url, 64, 60)
         time.sleep(10)
         one.send_signal(signal.SIGTERM)
-        assert one.wait(60) == 0
+        assert one.wait(PATIENCE) == 0
         load.join()
     assert not load.wrong and load.sent_away == 64
     assert load.done and not differing(checkpoint, load.done)
@@ -209,7 +210,10 @@ def mistaken(dice: random.Random) -> tuple[bytes, dict[str, str]]:
 
 def test_a_thousand_mistakes(checkpoint: Path) -> None:
     dice, statuses, memory = random.Random(0), list[int](), list[int]()
-    with process(checkpoint, "--max-tokens", "256", "--api-key", "k") as (url, one), httpx.Client(timeout=60) as client:
+    with (
+        process(checkpoint, "--max-tokens", "256", "--api-key", "k") as (url, one),
+        httpx.Client(timeout=PATIENCE) as client,
+    ):
         for number in range(1500):
             body, headers = mistaken(dice)
             route = dice.choice(("completions", "completions", "chat/completions", "models", "nothing"))
@@ -226,7 +230,7 @@ def test_a_thousand_mistakes(checkpoint: Path) -> None:
                 memory.append(resident(one.pid))
         at_rest(url)
         one.send_signal(signal.SIGTERM)
-        assert one.wait(20) == 0
+        assert one.wait(PATIENCE) == 0
     refused = sum(status != 200 for status in statuses)
     print(f"{refused} refused of {len(statuses)}; memory {[m >> 20 for m in memory]} MiB")
     assert refused >= 1000

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from eulerstack.cli.main import cli
 from eulerstack.cli.serve import of_bytes
 
+from ..conftest import PATIENCE
 from .conftest import MINI, process
 
 pytest.importorskip("openai", reason="needs pip install 'eulerstack[dev]'")
@@ -22,7 +23,7 @@ def test_the_official_client_and_a_signal(checkpoint: Path) -> None:
         url,
         one,
     ):
-        client = OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0, timeout=120)
+        client = OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0, timeout=PATIENCE)
         (model,) = client.models.list()
         assert model.id == client.models.retrieve(MINI).id == MINI
         fields: dict[str, Any] = {"model": MINI, "prompt": "def ", "max_tokens": 8, "temperature": 0}
@@ -44,7 +45,7 @@ def test_the_official_client_and_a_signal(checkpoint: Path) -> None:
         with pytest.raises(BadRequestError, match="best_of = 3 is not supported"):
             client.completions.create(**fields, best_of=3)
         one.send_signal(signal.SIGTERM)
-        assert one.wait(20) == 0
+        assert one.wait(PATIENCE) == 0
 
 
 def test_what_is_wrong_is_said_in_a_sentence(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

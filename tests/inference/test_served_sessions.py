@@ -11,6 +11,7 @@ import eulerstack as es
 from eulerstack.inference.sessions import Sessions
 from eulerstack.tokens import Bytes
 
+from ..conftest import PATIENCE
 from .conftest import process, running, solo, words
 
 httpx = pytest.importorskip("httpx", reason="needs pip install 'eulerstack[dev]'")
@@ -20,7 +21,7 @@ Build = Callable[..., es.Stack]
 
 
 def complete(url: str, **fields: Any) -> Any:
-    return httpx.post(f"{url}/v1/completions", json={"temperature": 0, **fields}, timeout=60)
+    return httpx.post(f"{url}/v1/completions", json={"temperature": 0, **fields}, timeout=PATIENCE)
 
 
 def test_a_turn_goes_on_from_the_last_one(build_mini: Build, tmp_path: Path) -> None:

@@ -8,21 +8,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from ..conftest import PATIENCE
 from .conftest import Served, solo, words
 
 httpx = pytest.importorskip("httpx", reason="needs pip install 'eulerstack[dev]'")
 
+get, send = (partial(call, timeout=PATIENCE) for call in (httpx.get, httpx.post))
 Serve = Callable[..., AbstractContextManager[Served]]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 def post(served: Served, route: str = COMPLETIONS, headers: dict[str, str] | None = None, **fields: Any) -> Any:
-    return httpx.post(served.url + route, json=fields, headers=headers, timeout=60)
+    return send(served.url + route, json=fields, headers=headers)
 
 
 def choices(served: Served, route: str = COMPLETIONS, **fields: Any) -> list[dict[str, Any]]:
@@ -44,14 +47,16 @@ def events(served: Served, route: str = COMPLETIONS, **fields: Any) -> list[Any]
 
 
 def gauge(served: Served, name: str) -> int:
-    lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+    lines = get(f"{served.url}/metrics").text.splitlines()
     (value,) = [line.split()[1] for line in lines if line.startswith(f"eulerstack_{name} ")]
     return int(value)
 
 
-def soon(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+def soon(true: Callable[[], bool], between: Callable[[], None] = lambda: None) -> None:
+    """Waits until it is true, and does something between two looks."""
+    end = time.monotonic() + PATIENCE
     while not true():
+        between()
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -184,15 +189,15 @@ def test_without_a_count_chat_goes_on_to_the_end_of_the_slot(served: Served) -> 
 
 def test_models_and_health(served: Served) -> None:
     name = served.api.name
-    assert [one["id"] for one in httpx.get(f"{served.url}/v1/models").json()["data"]] == [name]
-    assert httpx.get(f"{served.url}/v1/models/{name}").json()["object"] == "model"
-    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    assert [one["id"] for one in get(f"{served.url}/v1/models").json()["data"]] == [name]
+    assert get(f"{served.url}/v1/models/{name}").json()["object"] == "model"
+    assert get(f"{served.url}/health").json() == {"status": "ok"}
 
 
 def test_metrics_count(served: Served) -> None:
     post(served, prompt="abc", max_tokens=4)
     post(served, prompt="abc", max_tokens=-4)
-    text = httpx.get(f"{served.url}/metrics").text
+    text = get(f"{served.url}/metrics").text
     for line in (
         'requests_total{status="200"} 1',
         'requests_total{status="400"} 1',
@@ -329,7 +334,7 @@ JSON = {"Content-Type": "application/json"}
 def test_bad_bodies_are_refused(
     shared: Served, body: bytes, headers: dict[str, str], status: int, message: str
 ) -> None:
-    answer = httpx.post(shared.url + COMPLETIONS, content=body, headers=headers)
+    answer = send(shared.url + COMPLETIONS, content=body, headers=headers)
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]["message"]
     assert post(shared, prompt="a", max_tokens=1).is_success
@@ -337,12 +342,12 @@ def test_bad_bodies_are_refused(
 
 def test_other_routes_and_verbs_are_refused_in_the_same_shape(shared: Served) -> None:
     for answer, status in (
-        (httpx.get(f"{shared.url}/nothing"), 404),
-        (httpx.get(shared.url + COMPLETIONS), 405),
-        (httpx.get(f"{shared.url}/v1/models/other"), 404),
+        (get(f"{shared.url}/nothing"), 404),
+        (get(shared.url + COMPLETIONS), 405),
+        (get(f"{shared.url}/v1/models/other"), 404),
     ):
         assert answer.status_code == status and answer.json()["error"]["message"]
-    assert httpx.get(shared.url + COMPLETIONS).headers["allow"] == "POST"
+    assert get(shared.url + COMPLETIONS).headers["allow"] == "POST"
 
 
 @pytest.fixture(scope="module")
@@ -361,24 +366,26 @@ def test_a_key_is_asked_for(serve: Serve) -> None:
     with serve(key="sésame") as served:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}):
             for answer in (
-                httpx.post(served.url + COMPLETIONS, content=b"{", headers=given),
-                httpx.get(f"{served.url}/v1/models", headers=given),
+                send(served.url + COMPLETIONS, content=b"{", headers=given),
+                get(f"{served.url}/v1/models", headers=given),
             ):
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
                 assert answer.headers["www-authenticate"] == "Bearer"
         right = {"Authorization": "Bearer sésame".encode()}
-        assert httpx.post(served.url + COMPLETIONS, json={"prompt": "a"}, headers=right).is_success
-        assert httpx.get(f"{served.url}/health").is_success
+        assert send(served.url + COMPLETIONS, json={"prompt": "a"}, headers=right).is_success
+        assert get(f"{served.url}/health").is_success
 
 
-def slowed(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
-    step = served.engine.step
+def stepwise(served: Served, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """The engine takes no step any more but those that are given: what a test sees depends on no clock."""
+    step, given = served.engine.step, threading.Semaphore(0)
 
-    def slow() -> Any:
-        time.sleep(seconds)
+    def held() -> Any:
+        assert given.acquire(timeout=PATIENCE)
         return step()
 
-    monkeypatch.setattr(served.engine, "step", slow)
+    monkeypatch.setattr(served.engine, "step", held)
+    return given.release
 
 
 def opened(served: Served, **fields: Any) -> socket.socket:
@@ -394,20 +401,22 @@ def opened(served: Served, **fields: Any) -> socket.socket:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot(serve: Serve, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     with serve(slots=1) as served:
-        slowed(served, monkeypatch)
+        step = stepwise(served, monkeypatch)
         running, waiting = opened(served, stream=stream), opened(served, stream=stream)
-        soon(lambda: gauge(served, "slots_in_use") == 1 and gauge(served, "queue_length") == 1)
+        soon(lambda: gauge(served, "answers_open") == 2)
+        soon(lambda: gauge(served, "slots_in_use") == 1 and gauge(served, "queue_length") == 1, step)
         waiting.close()
-        soon(lambda: gauge(served, "queue_length") == 0)
+        soon(lambda: gauge(served, "queue_length") == 0, step)
         running.close()
-        soon(lambda: gauge(served, "slots_in_use") == 0 and gauge(served, "answers_open") == 0)
+        soon(lambda: gauge(served, "slots_in_use") == 0 and gauge(served, "answers_open") == 0, step)
         assert gauge(served, "generated_tokens_total") < 100
+        step(100)
         assert post(served, prompt="a", max_tokens=2).is_success
 
 
 def test_a_full_queue_says_when_to_come_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(slots=1, queue=1) as served:
-        slowed(served, monkeypatch)
+        step = stepwise(served, monkeypatch)
         inside = [opened(served), opened(served)]
         soon(lambda: gauge(served, "answers_open") == 2)
         for stream in (False, True):
@@ -416,7 +425,8 @@ def test_a_full_queue_says_when_to_come_again(serve: Serve, monkeypatch: pytest.
             assert answer.json()["error"]["type"] == "rate_limit_error"
         for one in inside:
             one.close()
-        soon(lambda: gauge(served, "answers_open") == 0)
+        soon(lambda: gauge(served, "answers_open") == 0, step)
+        step(100)
         assert post(served, prompt="a", max_tokens=1).is_success
 
 
@@ -449,7 +459,7 @@ def test_an_answer_whose_last_token_came_in_a_failing_step_is_told(
         step, read = engine.step, engine._read_chunk
 
         def held() -> Any:
-            gate.wait()
+            assert gate.wait(PATIENCE)
             return step()
 
         def broken() -> Any:
@@ -464,13 +474,14 @@ def test_an_answer_whose_last_token_came_in_a_failing_step_is_told(
         second = pool.submit(post, served, prompt=[7])
         soon(lambda: gauge(served, "answers_open") == 2 and served.api.service._calls.qsize() == 1)
         gate.set()
-        assert first.result(20).status_code == second.result(20).status_code == 500
+        assert first.result(PATIENCE).status_code == second.result(PATIENCE).status_code == 500
         assert gauge(served, "answers_open") == 0
 
 
 def test_a_signal_lets_nobody_in_and_those_inside_finish(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve(slots=2) as served, httpx.Client() as client:
-        slowed(served, monkeypatch)
+    with serve(slots=2, drain=PATIENCE) as served, httpx.Client(timeout=PATIENCE) as client:
+        step = stepwise(served, monkeypatch)
+        step(10)
         with client.stream(
             "POST", served.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 60, "stream": True}
         ) as it:
@@ -479,16 +490,18 @@ def test_a_signal_lets_nobody_in_and_those_inside_finish(serve: Serve, monkeypat
             served.server.handle_exit(signal.SIGTERM, None)
             answer = post(served, prompt="a")
             assert answer.status_code == 503 and answer.json()["error"]["code"] == "closing"
-            assert httpx.get(f"{served.url}/health").status_code == 503
+            assert get(f"{served.url}/health").status_code == 503
+            step(100)
             said = [line for line in lines if line]
         assert said[-1] == "data: [DONE]" and '"finish_reason": "length"' in said[-2]
-        served.thread.join(10)
+        served.thread.join(PATIENCE)
         assert not served.thread.is_alive()
 
 
 def test_those_who_take_too_long_are_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve(drain=0.3) as served, httpx.Client() as client:
-        slowed(served, monkeypatch, 0.1)
+    with serve(drain=0.3) as served, httpx.Client(timeout=PATIENCE) as client:
+        step = served.engine.step
+        monkeypatch.setattr(served.engine, "step", lambda: (time.sleep(0.1), step())[1])  # 20 s for 200 tokens
         fields = {"prompt": "a", "max_tokens": 200, "stream": True}
         with client.stream("POST", served.url + COMPLETIONS, json=fields) as it:
             lines = it.iter_lines()
@@ -496,5 +509,5 @@ def test_those_who_take_too_long_are_told(serve: Serve, monkeypatch: pytest.Monk
             served.server.handle_exit(signal.SIGTERM, None)
             said = [line for line in lines if line]
         assert "the server is shutting down" in said[-1]
-        served.thread.join(10)
+        served.thread.join(PATIENCE)
         assert not served.thread.is_alive()

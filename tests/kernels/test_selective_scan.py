@@ -13,7 +13,7 @@ from eulerstack.kernels.select import select
 from eulerstack.kernels.selective_scan import torch as reference
 from eulerstack.segments import Segments
 
-from ..conftest import close
+from ..conftest import PATIENCE, close
 
 numba = pytest.importorskip("eulerstack.kernels.selective_scan.numba")
 
@@ -198,7 +198,7 @@ def test_a_forked_process_can_use_it_or_not(uses: bool) -> None:
         context.Process(target=scan_of_ones, args=(inputs, queue)) if uses else context.Process(target=len, args=("",))
     )
     child.start()
-    child.join(30)
+    child.join(PATIENCE)
     alive = child.is_alive()
     child.kill()
     assert not alive and child.exitcode == 0
@@ -216,7 +216,7 @@ def test_threads_may_call_it_at_once() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert not failed and not any(thread.is_alive() for thread in threads)
 
 

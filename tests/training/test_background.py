@@ -15,6 +15,7 @@ import eulerstack as es
 from eulerstack.training.background import InBackground
 from eulerstack.training.keeping import WholeFiles
 
+from ..conftest import PATIENCE
 from .conftest import QUIET
 
 
@@ -22,12 +23,12 @@ class Slow:
     """torch.save, once it is let go; `full` in place of the disk."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go, self.save, self.full, self.begun = threading.Event(), torch.save, False, 0
+        self.go, self.begun, self.save, self.full = threading.Event(), threading.Semaphore(0), torch.save, False
         monkeypatch.setattr(torch, "save", self)
 
     def __call__(self, found: Any, data: Any) -> None:
-        self.begun += 1
-        assert self.go.wait(60)
+        self.begun.release()
+        assert self.go.wait(PATIENCE)
         if self.full:
             data.write(b"half of")
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -59,10 +60,11 @@ def test_one_is_written_at_a_time_and_the_last_is_waited_for(slow: Slow, tmp_pat
     disk.save_checkpoint({"step": 1}, last)
     second = threading.Thread(target=lambda: disk.save_checkpoint({"step": 2}, last))
     second.start()
+    assert slow.begun.acquire(timeout=PATIENCE)  # the first is being written
     second.join(0.2)
-    assert second.is_alive() and slow.begun == 1
+    assert second.is_alive() and not slow.begun.acquire(blocking=False)
     slow.go.set()
-    second.join(60)
+    second.join(PATIENCE)
     disk.teardown()
     assert WholeFiles().load_checkpoint(last) == {"step": 2}
 

@@ -12,6 +12,8 @@ import pytest
 
 import eulerstack as es
 
+from ..conftest import PATIENCE
+
 RUN = [sys.executable, "-m", "eulerstack"]
 DRAWING = ("optimizer=hybrid", "dropout=0.2", "checkpointing=block")
 """A recipe whose steps draw, and whose optimizer is two."""
@@ -94,7 +96,7 @@ def test_killed_and_resumed_is_never_killed_to_the_bit(
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     last = tmp_path / "killed" / "resume" / "last.ckpt"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0, 2))

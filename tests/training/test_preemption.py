@@ -12,6 +12,7 @@ import torch
 
 from eulerstack.training.preemption import Preempted
 
+from ..conftest import PATIENCE
 from .test_cli import RUN, eulerstack, fit_words, weights
 
 STEPS = 400
@@ -27,11 +28,11 @@ def told(number: int, words: list[str], cwd: Path, **environment: str) -> tuple[
     running = subprocess.Popen(
         [*RUN, *words], cwd=cwd, env=told, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    last, deadline = cwd / "told" / "resume" / "last.ckpt", time.monotonic() + 240
+    last, deadline = cwd / "told" / "resume" / "last.ckpt", time.monotonic() + PATIENCE
     while not last.exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     running.send_signal(number)
-    _, said = running.communicate(timeout=240)
+    _, said = running.communicate(timeout=PATIENCE)
     return running.returncode, said
 
 
