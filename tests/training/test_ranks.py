@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,10 +96,8 @@ def launched(folder: Path, cases: list[dict[str, Any]], ranks: int) -> dict[str,
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m"]
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}", "-m"]
+        command += ["torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]  # on a port that it finds free
+        command += [f"--nproc_per_node={ranks}", "-m"]
     done = subprocess.run(
         [*command, "tests.training.ranks", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
