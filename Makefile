@@ -28,9 +28,11 @@ demo: $(READY)
 	$(BIN)/eulerstack generate --checkpoint $(DEMO)/checkpoint --prompt "def " --max-new-tokens 400 --seed 0
 	@echo "loss curve: $(CURDIR)/$(DEMO)/loss.png"
 
+# Every run draws the same numbers.
 test: $(READY)
 	$(BIN)/pytest -m "not slow and not gpu"
 
+# Hypothesis draws afresh, and prints the --hypothesis-seed=N that repeats it.
 test-full: $(READY)
 	$(BIN)/pytest -m "not gpu" --hypothesis-profile=fresh
 

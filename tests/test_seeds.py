@@ -81,6 +81,17 @@ def test_each_test_begins_with_the_numbers_of_the_seed() -> None:
     assert found == (random.random(), np.random.rand(), torch.rand(1).item())
 
 
+def test_sums_that_cancel_are_held_to_their_terms() -> None:
+    """600 numbers whose sum is next to nothing, as a bias's gradient may be: one draw in 200 is like these."""
+    terms = torch.randn(600, generator=torch.Generator().manual_seed(66))
+    got, wanted, size = terms.sum(), terms.double().sum(), terms.double().abs().sum()
+    with pytest.raises(AssertionError, match="of the largest"):
+        conftest.close(got.double(), wanted, 1e-5)
+    conftest.close_by_terms(got.double(), wanted, size)
+    with pytest.raises(AssertionError, match="of their terms"):
+        conftest.close_by_terms(got.double() + 0.01 * terms.double().abs().max(), wanted, size)
+
+
 SAMPLE = """
 import os, random
 import numpy as np

@@ -59,7 +59,7 @@ def test_is_pytorchs_product_and_has_its_gradients(
     wide = [t.double() for t in drawn]
     terms = told(reference.linear, [t.abs() for t in wide])
     for found, wanted, size in zip(told(onednn.linear, drawn), told(reference.linear, wide), terms, strict=True):
-        close_by_terms(found.double(), wanted, size)
+        close_by_terms(found.double(), wanted, size, 2e-6)  # sums of up to 600 terms
 
 
 X, W = torch.randn(FEW + 1, WIDE), torch.randn(24, WIDE)
