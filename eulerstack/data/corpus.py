@@ -15,13 +15,15 @@ import numpy.typing as npt
 
 from ..disk import alone
 from ..tokens import Tokenizer
-from .documents import TextFile
-from .merging import digest_of, write_corpus
-from .splits import SPLITS
-from .tables import dataset_files
+from .documents import TextFile, digest_of, is_empty
+from .folders import files_below
+from .merging import write_corpus
+from .names import check_kind, name_bytes, shown
+from .splits import BESIDE, TEST, TRAIN, VALIDATION, name_splits
+from .tables import dataset_files, is_dict
 from .tokenizing import Parts
 
-FORMAT = 3
+FORMAT = 4
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
 
@@ -31,21 +33,50 @@ def standard_library() -> list[TextFile]:
 
 
 def list_files(root: Path, pattern: str = "*", skip: set[str] | None = None) -> list[TextFile]:
-    """The files of a folder in sorted order, or the one file. Raises ValueError where there is no text."""
-    if Path(pattern).is_absolute():
+    """The files of a folder in sorted order, each with its split, or the one file; none that is empty.
+
+    Raises ValueError where there is no text, and for files that are no text.
+    """
+    if Path(pattern).is_absolute() or not pattern:
         raise ValueError(f"data.pattern = {pattern!r} must be relative, such as '*.txt'")
     if root.is_file():
-        if not root.stat().st_size:
-            raise ValueError(f"data.path = {str(root)!r} is an empty file; give text to train on")
-        return [_listed(root, root.name)]
+        if is_empty(root):
+            raise ValueError(f"data.path = {shown(root)!r} is an empty file; give text to train on")
+        check_kind(root)
+        return [TextFile.of(root, root.name)]
     if not root.is_dir():
-        raise ValueError(f"data.path = {str(root)!r} is no file and no folder; give text to train on")
-    paths = sorted(p for p in root.rglob(pattern) if p.is_file() and not _hidden(p.relative_to(root), skip or set()))
-    paths = _without_notes(paths)
-    files = [_listed(p, p.relative_to(root).as_posix()) for p in paths if p.stat().st_size]
+        raise ValueError(f"data.path = {shown(root)!r} is no file and no folder; give text to train on")
+    files = _with_splits(root, _without_notes(files_below(root, pattern, skip or set())))
     if not files:
-        raise ValueError(f"data.path = {str(root)!r} holds no files with text in them")
+        raise ValueError(f"data.path = {shown(root)!r} holds no files with text in them")
     return files
+
+
+def _with_splits(root: Path, paths: list[Path]) -> list[TextFile]:
+    """Raises ValueError for a split without text."""
+    saved = {folder.relative_to(root) for folder in _above(root, paths) if is_dict(folder)}
+    splits = name_splits((path.relative_to(root) for path in paths), saved)
+    files = [_listed(path, root, splits[path.relative_to(root)]) for path in paths]
+    found = [file for file in files if file is not None]
+    for split in (TRAIN, VALIDATION, TEST):
+        if split in splits.values() and split not in {file.split for file in found}:
+            name = next(name for name, one in splits.items() if one == split)
+            raise ValueError(f"the {split} split in {shown(root)} is empty ({shown(name)}): fill it, or remove it")
+    return found
+
+
+def _above(root: Path, paths: list[Path]) -> set[Path]:
+    """The folders that hold the files, up to the root."""
+    return {folder for path in paths for folder in path.parents if folder == root or root in folder.parents}
+
+
+def _listed(path: Path, root: Path, split: str | None) -> TextFile | None:
+    """None for an empty file. What lies beside splits is not read."""
+    name = path.relative_to(root).as_posix()
+    if split == BESIDE:
+        return TextFile(name, path, "", (0, 0), split)
+    check_kind(path)
+    return None if is_empty(path) else TextFile.of(path, name, split)
 
 
 def _without_notes(paths: list[Path]) -> list[Path]:
@@ -53,14 +84,6 @@ def _without_notes(paths: list[Path]) -> list[Path]:
     rows = {folder: dataset_files(folder) for folder in {path.parent for path in paths}}
     notes = {path.parent / "dataset_dict.json" for path in paths}
     return [path for path in paths if path not in notes and path in (rows[path.parent] or {path})]
-
-
-def _hidden(name: Path, skip: set[str]) -> bool:
-    return any(part in skip or part.startswith(".") for part in name.parts)
-
-
-def _listed(path: Path, name: str) -> TextFile:
-    return TextFile(name, path, digest_of(path))
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,8 @@ def shards(
 ) -> dict[str, Shard]:
     """The corpus as shards, from the cache if the same files were tokenised before and nothing has changed there since.
 
-    Warns of lines that were skipped, and of a cache that had to be made again.
+    held_out: the share that is held out of files without a split; 1 for all, and nothing to train on. Warns of lines
+    that were skipped, and of a cache that had to be made again.
     """
     key = _key(files, tokenizer, held_out, text_key)
     folder, work = cache / key, cache / f".parts.{key}"
@@ -125,6 +149,7 @@ def shards(
                 _discard(folder)
                 parts = Parts.of(work, files, tokenizer, held_out, text_key)
                 parts.make(processes)
+                _check_unchanged(files, work)
                 write_corpus(folder, parts)
                 shutil.rmtree(work, ignore_errors=True)
         manifest = _manifest(folder)
@@ -134,7 +159,18 @@ def shards(
         )
     for sentence in manifest["skipped"]:
         warnings.warn(sentence, stacklevel=2)
-    return {name: Shard(folder / name, manifest["bytes_per_token"][name], manifest["yardsticks"]) for name in SPLITS}
+    ratios = manifest["bytes_per_token"]
+    return {name: Shard(folder / name, ratio, manifest["yardsticks"]) for name, ratio in ratios.items()}
+
+
+def _check_unchanged(files: list[TextFile], work: Path) -> None:
+    """What was read is kept under the hash of the files as they were listed."""
+    try:
+        for file in files:
+            file.check_unchanged()
+    except ValueError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -157,5 +193,5 @@ def _discard(folder: Path) -> None:
 def _key(files: list[TextFile], tokenizer: Tokenizer, held_out: float, text_key: str) -> str:
     digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint()} {held_out} {text_key!r}".encode())
     for file in files:
-        digest.update(f"{file.name} {file.digest}\n".encode())
+        digest.update(name_bytes(f"{file.name} {file.digest} {file.split or ''}\n"))
     return digest.hexdigest()[:24]

@@ -1,24 +1,77 @@
 """Files to documents: a text file is one, and so is each line of a .jsonl file, and each row of a table."""
 
+import codecs
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ..tokens import Tokenizer, document_ids
-from .tables import TABLES, table_pieces, table_rows
+from .names import LINES, TABLES, shown, suffix_of
+from .tables import table_pieces, table_rows
+
+MARK = codecs.BOM_UTF8
+"""What some editors put before UTF-8; it is none of the text."""
+
+_MARKS_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Some = TypeVar("Some")
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """Its name in the corpus, its place, and the hash of its bytes."""
+    """Its name in the corpus, its place, the hash of its bytes, and when and how long they were as it was taken.
+
+    split: as in `name_splits`. Raises ValueError, and no OSError, where it cannot be read.
+    """
 
     name: str
     path: Path
     digest: str
+    stamp: tuple[int, int]
+    split: str | None = None
+
+    @staticmethod
+    def of(path: Path, name: str, split: str | None = None) -> "TextFile":
+        with reading(path):
+            return TextFile(name, path, digest_of(path), _stamp(path), split)
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where the file is no longer what was hashed."""
+        with reading(self.path):
+            if _stamp(self.path) != self.stamp:
+                raise ValueError(f"{shown(self.path)} was changed while it was read: start again when it is written")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises ValueError, with the file's name, where the system does not give it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{shown(path)} cannot be read: {error.strerror or error}; make it readable, or remove it"
+        ) from None
+
+
+def is_empty(path: Path) -> bool:
+    """Whether there is no text in the file: no byte, or the mark of UTF-8 alone."""
+    with reading(path), path.open("rb") as file:
+        return file.read(len(MARK) + 1) in (b"", MARK)
 
 
 @dataclass(frozen=True)
@@ -62,26 +115,30 @@ class Found:
 
 
 def pieces(file: TextFile, size: int) -> list[Piece]:
-    """The file in pieces of about `size` bytes, by what it holds. Raises ValueError for a damaged table."""
-    if file.path.suffix in TABLES:
-        return [Piece(file, *place) for place in table_pieces(file.path, size)]
-    if file.path.suffix == ".jsonl":
-        return list(_line_pieces(file, size))
-    length = file.path.stat().st_size
+    """The file in pieces of about `size` bytes, by what it holds. Raises ValueError for a damaged table, and UTF-16."""
+    kind = suffix_of(file.path)
+    with reading(file.path):
+        if kind in TABLES:
+            return [Piece(file, *place) for place in table_pieces(file.path, size)]
+        _check_mark(file.path)
+        if kind in LINES:
+            return list(_line_pieces(file, size))
+        length = file.path.stat().st_size
     return [Piece(file, 0, length, 1, length)]
 
 
 def read(piece: Piece, text_key: str) -> Found:
     """The documents of a piece. Raises ValueError for text that is no UTF-8."""
-    name = piece.file.name
-    if piece.file.path.suffix in TABLES:
+    name, kind = piece.file.name, suffix_of(piece.file.path)
+    if kind in TABLES:
         rows = table_rows(piece.file.path, piece.begin, piece.end, (text_key, "prompt", "completion"))
         return _found(enumerate(rows, piece.first), lambda n, row: _of(f"{name}:{n}", row, text_key), "row")
-    if piece.file.path.suffix == ".jsonl":
+    with reading(piece.file.path):
+        if kind not in LINES:
+            return Found([Document(name, _text(piece.file))])
         lines = enumerate(_lines(piece), piece.first)
-        full = ((number, line) for number, line in lines if line.strip())
-        return _found(full, lambda n, line: _of(f"{name}:{n}", _object(line), text_key), "line")
-    return Found([Document(name, _text(piece.file))])
+    full = ((number, line) for number, line in lines if line.removeprefix(MARK).strip())
+    return _found(full, lambda n, line: _of(f"{name}:{n}", _object(line), text_key), "line")
 
 
 def _found(numbered: Iterable[tuple[int, Some]], made: Callable[[int, Some], Document], word: str) -> Found:
@@ -97,25 +154,32 @@ def _found(numbered: Iterable[tuple[int, Some]], made: Callable[[int, Some], Doc
 
 def skipped(file: TextFile, count: int, bad: int, first_bad: str, text_key: str) -> list[str]:
     """A sentence on a file's lines or rows that are no documents. Raises ValueError where none is one."""
-    word = "row" if file.path.suffix in TABLES else "line"
+    word = "row" if suffix_of(file.path) in TABLES else "line"
     if not count:
         first = f"; first at {first_bad}" if bad else ""
         keys = "give it columns" if word == "row" else "write an object a line,"
         raise ValueError(
-            f"{file.path} has no {word} to train on{first}; "
+            f"{shown(file.path)} has no {word} to train on{first}; "
             f'{keys} {{"{text_key}": "..."}} or {{"prompt": "...", "completion": "..."}}'
         )
-    return [f"skipped {bad:,} of {count + bad:,} {word}s of {file.path}: first at {first_bad}"] if bad else []
+    return [f"skipped {bad:,} of {count + bad:,} {word}s of {shown(file.path)}: first at {first_bad}"] if bad else []
+
+
+def _check_mark(path: Path) -> None:
+    with path.open("rb") as file:
+        begin = file.read(4)
+    for marks, name in (((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"), (_MARKS_16, "UTF-16")):
+        if begin.startswith(marks):
+            raise ValueError(f"{shown(path)} is no UTF-8 text but {name}: save it as UTF-8 (iconv -f {name} -t UTF-8)")
 
 
 def _text(file: TextFile) -> str:
     try:
-        text = file.path.read_text(encoding="utf-8")
+        return file.path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file.path} is no UTF-8 text ({error.reason} at byte {error.start}); remove it from data.path"
+            f"{shown(file.path)} is no UTF-8 text ({error.reason} at byte {error.start}); remove it from data.path"
         ) from None
-    return text
 
 
 def _line_pieces(file: TextFile, size: int) -> Iterator[Piece]:

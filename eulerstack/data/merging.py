@@ -1,6 +1,5 @@
 """The parts of a corpus to its shards: documents split by name, their tokens end to end."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .documents import Document, read, skipped
+from .documents import Document, digest_of, read, skipped
 from .splits import SPLITS, with_both
 from .tokenizing import Part, Parts
 
@@ -27,7 +26,7 @@ def write_corpus(folder: Path, parts: Parts) -> None:
     try:
         counts = [part.lengths for part in parts]
         sentences = _sentences(parts)
-        single = sum(map(len, counts)) == 1
+        single = sum(map(len, counts)) == 1 and parts.held_out < 1
         written = _write_halves(work, parts) if single else _write_splits(work, parts)
         manifest = {
             **written,
@@ -42,12 +41,6 @@ def write_corpus(folder: Path, parts: Parts) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sentences(parts: Parts) -> list[str]:
     """On the lines of each file that were skipped. Raises ValueError for a file without a line to train on."""
     totals: list[tuple[int, int, str]] = [(0, 0, "")] * len(parts.files)
@@ -59,9 +52,12 @@ def _sentences(parts: Parts) -> list[str]:
 
 
 def _write_splits(work: Path, parts: Parts) -> dict[str, Any]:
-    """Both splits, from the parts, one after the other: a corpus need not fit into memory."""
-    held = with_both(np.concatenate([part.held for part in parts]))
-    ratios = {name: _write_split(work / name, parts, held == (name == "held_out")) for name in SPLITS}
+    """The splits, from the parts, one after the other: a corpus need not fit into memory. All held out is one split."""
+    held = np.concatenate([part.held for part in parts])
+    whole = parts.held_out == 1
+    held = held if whole else with_both(held)
+    names = ("held_out",) if whole else SPLITS
+    ratios = {name: _write_split(work / name, parts, held == (name == "held_out")) for name in names}
     return {"bytes_per_token": ratios, "yardsticks": yardsticks(_texts(parts, held))}
 
 

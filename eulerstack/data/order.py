@@ -56,11 +56,13 @@ class Permutation:
 
     def __init__(self, rows: int, block: int | None = None) -> None:
         self.rows, self.block = rows, block
-        self._drawn: tuple[tuple[int, ...], npt.NDArray[np.int64]] = ((), np.empty(0, dtype=np.int64))
+        self._drawn: tuple[tuple[int | None, ...], npt.NDArray[np.int64]] = ((), np.empty(0, dtype=np.int64))
 
-    def __call__(self, *seed: int) -> npt.NDArray[np.int64]:
-        if self._drawn[0] != seed:
-            self._drawn = seed, permuted(seed, self.rows, self.block)
+    def __call__(self, seed: int | None, *more: int) -> npt.NDArray[np.int64]:
+        """Without a seed, the rows in their order."""
+        key = (seed, *more)
+        if self._drawn[0] != key:
+            self._drawn = key, np.arange(self.rows) if seed is None else permuted((seed, *more), self.rows, self.block)
         return self._drawn[1]
 
 
@@ -78,11 +80,28 @@ class InOrder(Order):
         return list(range(at * self.batch_size, min(self.rows, (at + 1) * self.batch_size)))
 
 
+class Repeated(Order):
+    """The first `count` batches of another order, again and again."""
+
+    def __init__(self, order: Order, count: int, seed: int) -> None:
+        super().__init__(order.batch_size, seed, order.share)
+        self.order, self.count = order, count
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batch(self, at: int) -> list[int]:
+        return self.order.batch(at % self.count)
+
+
 class Shuffled(Order):
-    """A fresh permutation each epoch, a function of (seed, epoch) alone; whole batches of it. block: see `permuted`."""
+    """A fresh permutation each epoch, a function of (seed, epoch) alone; whole batches of it. block: see `permuted`.
+
+    Without a seed, here and in the orders below, the rows come in their order.
+    """
 
     def __init__(
-        self, rows: int, batch_size: int, seed: int, share: tuple[int, int] = (0, 1), block: int | None = None
+        self, rows: int, batch_size: int, seed: int | None, share: tuple[int, int] = (0, 1), block: int | None = None
     ) -> None:
         super().__init__(batch_size, seed, share)
         self.rows = rows
@@ -92,7 +111,6 @@ class Shuffled(Order):
         return max(1, self.rows // self.batch_size)
 
     def batch(self, at: int) -> list[int]:
-        assert self.seed is not None
         epoch, batch = divmod(at, len(self))
         order = self._permutation(self.seed, epoch)
         rows: list[int] = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
@@ -114,7 +132,7 @@ class Mixed(Order):
         sizes: list[int],
         shares: list[Fraction],
         batch_size: int,
-        seed: int,
+        seed: int | None,
         share: tuple[int, int] = (0, 1),
         blocks: list[int | None] | None = None,
     ) -> None:
@@ -143,7 +161,6 @@ class Mixed(Order):
         raise AssertionError("the last source takes all that is left")
 
     def _row(self, which: int, nth: int) -> int:
-        assert self.seed is not None
         epoch, at = divmod(nth, self.sizes[which])
         return self.begins[which] + int(self.permutations[which](self.seed, epoch, which)[at])
 
@@ -172,7 +189,7 @@ class InStreams(Order):
     Row n is numbered n behind the one before it, and n + `rows` where an epoch begins.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(self, rows: int, batch_size: int, seed: int | None, share: tuple[int, int] = (0, 1)) -> None:
         super().__init__(batch_size, seed, share)
         self.rows = rows
         if rows < batch_size:
@@ -185,8 +202,7 @@ class InStreams(Order):
         return self.rows // self.batch_size
 
     def batch(self, at: int) -> list[int]:
-        assert self.seed is not None
         epoch, step = divmod(at, len(self))
-        begin = int(np.random.default_rng((self.seed, epoch)).integers(self.rows))
+        begin = 0 if self.seed is None else int(np.random.default_rng((self.seed, epoch)).integers(self.rows))
         rows = [(begin + slot * len(self) + step) % self.rows for slot in range(self.batch_size)]
         return [row if step else row + self.rows for row in rows]

@@ -1,13 +1,17 @@
 """Where the text is from: one folder, or several that are mixed by weight."""
 
+import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from .corpus import list_files, standard_library
 from .documents import TextFile
+from .names import name_bytes, shown
+from .splits import BESIDE, TEST, TRAIN, VALIDATION
 
 KEYS = ("path", "weight", "pattern", "text_key")
 
@@ -23,6 +27,52 @@ class Source:
 
     def files(self) -> list[TextFile]:
         return standard_library() if self.path is None else list_files(Path(self.path), self.pattern)
+
+    @property
+    def name(self) -> str:
+        return "Python's standard library" if self.path is None else shown(self.path)
+
+    def to_train(self, files: list[TextFile]) -> list[TextFile]:
+        """What trains and validates: by splits where one validates, otherwise without, to be held out by their names.
+
+        Raises ValueError where all files are of other splits.
+        """
+        found = [file for file in files if file.split in (TRAIN, None)]
+        held = [file for file in files if file.split == VALIDATION]
+        if not found:
+            raise ValueError(
+                f"data.path = {self.name!r} holds {_said(files)}, and nothing to train on; "
+                "to train on one of these, name the file or folder itself"
+            )
+        return [*(replace(file, split=TRAIN if held else None) for file in found), *held]
+
+    def splits_said(self, files: list[TextFile]) -> str | None:
+        """Which split is of which files; None where there are none."""
+        return f"{self.name}: {_said(files)}" if any(file.split for file in files) else None
+
+
+def to_test(files: list[TextFile]) -> tuple[str, list[TextFile]]:
+    """The split that is measured, and its files: for testing, else for validation; none where there are none."""
+    for split in (TEST, VALIDATION):
+        if found := [replace(file, split=None) for file in files if file.split == split]:
+            return split, found
+    return "", []
+
+
+def digest_of_files(files: list[TextFile]) -> str:
+    """Of their names and bytes: how training on them is known again."""
+    lines = sorted(name_bytes(f"{file.name} {file.digest}\n") for file in files)
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def _said(files: Iterable[TextFile]) -> str:
+    texts = {TRAIN: "train", VALIDATION: "validation", TEST: "test", None: "of no split", BESIDE: "not read"}
+    names = {split: [shown(file.name) for file in files if file.split == split] for split in texts}
+    return "; ".join(f"{text}: {_some(names[split])}" for split, text in texts.items() if names[split])
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
 
 
 def sources_of(given: list[dict[str, Any]] | None, path: str | None, pattern: str, text_key: str) -> tuple[Source, ...]:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from ..disk import write_whole
 from ..tokens import Tokenizer
-from .documents import Piece, TextFile, pieces, read
-from .splits import is_held
+from .documents import Document, Piece, TextFile, pieces, read
+from .splits import TRAIN, is_held
 
 PART = 1 << 24
 """Bytes of text that are tokenised at once, and lost when a run is killed meanwhile."""
@@ -100,7 +100,7 @@ class Parts:
         documents = [document for _, one in found for document in one.documents]
         ids = [document.tokens(self.tokenizer) for document in documents]
         texts = [document.text.encode() for document in documents]
-        held = np.array([is_held(document.name, self.held_out) for document in documents], dtype=np.bool_)
+        held = np.array([self._held(file, one) for file, some in found for one in some.documents], dtype=np.bool_)
         dtype = np.min_scalar_type(self.tokenizer.vocab_size - 1)
         some = [text for text, one, last in zip(texts, held, _last(len(texts)), strict=True) if one or last]
         return Part(
@@ -112,6 +112,10 @@ class Parts:
             np.frombuffer(b"".join(some), dtype=np.uint8),
             [(file, len(one.documents), one.bad, one.first_bad) for file, one in found],
         )
+
+    def _held(self, file: int, document: Document) -> bool:
+        split = self.files[file].split
+        return is_held(document.name, self.held_out) if split is None else split != TRAIN
 
 
 def _last(count: int) -> Iterator[bool]:

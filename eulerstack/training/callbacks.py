@@ -9,6 +9,7 @@ import lightning as L
 
 from ..checkpoint import save_checkpoint
 from ..stored import check_checkpoint
+from .data import TRAINED_ON
 from .keeping import LAST
 from .module import StackModule
 
@@ -50,7 +51,8 @@ class Export(L.Callback):
         if not trainer.is_global_zero:
             return
         root, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
-        save_checkpoint(pl_module.model, root / "checkpoint", data.text_tokenizer, weights=weights)
+        notes = {TRAINED_ON: data.trained_on}
+        save_checkpoint(pl_module.model, root / "checkpoint", data.text_tokenizer, notes, weights)
         print(f"checkpoint: {root / 'checkpoint'}")
         self._draw(root)
 

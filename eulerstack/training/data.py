@@ -1,6 +1,7 @@
 """TextData: any text as batches of tokens, in an order that can be resumed to the bit."""
 
 import os
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,34 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from ..data.batches import Batch, Batches
 from ..data.corpus import Shard, shards
-from ..data.order import InOrder, InStreams, Mixed, Order, Shuffled
+from ..data.documents import TextFile
+from ..data.order import InOrder, InStreams, Mixed, Order, Repeated, Shuffled
 from ..data.rows import PACKINGS, RowSet, Streamed, Together, Windows
-from ..data.sources import Source, sources_of
+from ..data.sources import Source, digest_of_files, sources_of, to_test
 from ..data.streaming import Stream, is_stream, open_streams, write_streams
 from ..spec import ByteTokenizer, HFTokenizer, StackSpec, load
+from ..stored import check_checkpoint
 from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .carry import check_carries
 
 __all__ = ["Batch", "Batches", "TextData"]
 
+HELD_OUT = 0.02
+TRAINED_ON = "trained_on"
+"""In a checkpoint's header: `TextData.trained_on` of the run."""
+
 
 class TextData(L.LightningDataModule):
     """Text for `fit` and `test`: rows of seq_len tokens, each token seeing only its own document.
+
+    What is tested: the path's split `test`, or its validation; without splits all of the path, except for what the
+    weights, or this object, were trained on: of the same files, and of the standard library, what training holds out.
+    A held_out that is given measures what training with it holds out.
 
     A document is a file of text, or a line of a .jsonl file: {"text": ...}, or {"prompt": ..., "completion": ...}, of
     which the completion alone is learned; or a row, with such columns, of a .parquet file or of a folder that Hugging
@@ -36,7 +49,9 @@ class TextData(L.LightningDataModule):
         tokenizer: a tokenizer.json or its folder; by default what the stack's tokenizer_contract says.
         seq_len: tokens in a row.
         batch_size: rows in a batch, of all devices together: each takes its share.
-        held_out: share of the documents kept for validation and test, chosen by the hash of their names.
+        held_out: share of the documents kept for validation, chosen by the hash of their names; 0.02 by default. Where
+            the path holds splits (train-*.parquet and validation-*.parquet, folders train and val, what a DatasetDict
+            saved), they are used instead.
         seed: of the shuffling; by default what torch was seeded with.
         workers: processes that load batches.
         cache_dir: where token shards are kept; by default the user's cache folder.
@@ -61,7 +76,7 @@ class TextData(L.LightningDataModule):
         tokenizer: str | None = None,
         seq_len: int = 512,
         batch_size: int = 8,
-        held_out: float = 0.02,
+        held_out: float | None = None,
         seed: int | None = None,
         workers: int = 0,
         cache_dir: str | None = None,
@@ -79,7 +94,7 @@ class TextData(L.LightningDataModule):
         _check_range("seed", 0 if seed is None else seed, 0, (1 << 63) - 1)
         if path == "":
             raise ValueError("data.path is empty: give a folder or a file of text")
-        if not 0 < held_out < 1:
+        if held_out is not None and not 0 < held_out < 1:
             raise ValueError(f"data.held_out = {held_out} must lie between 0 and 1")
         if not text_key:
             raise ValueError("data.text_key is empty: name the key of the text in .jsonl lines, such as text")
@@ -90,27 +105,30 @@ class TextData(L.LightningDataModule):
             _check_one_text(packing, len(self.sources))
         self.carry_state = carry_state
         self.packing, self.tokenizer = packing, tokenizer
-        self.seq_len, self.batch_size, self.held_out = seq_len, batch_size, held_out
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self.held_out, self._asked = HELD_OUT if held_out is None else held_out, held_out is not None
         self.seed, self.workers, self.tokenize_workers = seed, workers, tokenize_workers
         self.cache = Path(cache_dir) if cache_dir else _user_cache()
-        self.shards: list[dict[str, Shard] | dict[str, Stream]] = []  # of each source
+        self.shards: list[dict[str, Shard] | dict[str, Stream]] = []  # of each source; to test, `held_out` alone
+        self.trained_on: dict[str, float] = {}
+        """What weights were trained on by this object: the hash of a text's files, and the share that was held out."""
         self.text_tokenizer: Tokenizer | None = None
         self._prepared = False
 
     def prepare_data(self) -> None:
         """Tokenise, in one process of each machine; the others wait for it, and find it in the cache."""
-        self._read()
+        self._read(self.trainer is not None and self.trainer.state.fn == TrainerFn.TESTING)
         self._prepared = True
 
     def setup(self, stage: str | None = None) -> None:
         if not self._prepared:
-            self._read()
+            self._read(stage == "test")
         self._prepared = False
 
-    def _read(self) -> None:
+    def _read(self, testing: bool) -> None:
         model = getattr(self.trainer, "lightning_module", None)
         folder = None if model is None or self.tokenizer is not None else model.weights
-        self._read_by(None if model is None else model.spec, folder)
+        self._read_by(None if model is None else model.spec, folder, testing)
         if model is not None and model.weights is not None and self.tokenizer is not None:
             self._check_trained_with(model.spec.tokenizer_contract, model.weights)
 
@@ -124,21 +142,72 @@ class TextData(L.LightningDataModule):
                 "weights were trained; leave data.tokenizer out"
             )
 
-    def _read_by(self, spec: StackSpec | None, folder: Path | None = None) -> None:
+    def _read_by(self, spec: StackSpec | None, folder: Path | None = None, testing: bool = False) -> None:
         """By a stack's tokenizer; a checkpoint's own, in `folder`, comes first."""
         contract = self._contract(None if spec is None else spec.tokenizer_contract)
         self.text_tokenizer = tokenizer_of(contract, folder)
         if spec is not None:
             check_fits(self.text_tokenizer, spec.model.vocab_size)
-        self.shards = [self._shards(source, self.text_tokenizer) for source in self.sources]
+        self.shards = [self._read_source(source, testing) for source in self.sources]
 
-    def _shards(self, source: Source, tokenizer: Tokenizer) -> dict[str, Shard] | dict[str, Stream]:
-        if source.path is None or not is_stream(source.path):
-            return shards(source.files(), tokenizer, self.held_out, self.cache, source.text_key, self.tokenize_workers)
-        if source.pattern != "*" or self.carry_state:
+    def _read_source(self, source: Source, testing: bool) -> dict[str, Shard] | dict[str, Stream]:
+        if source.path is not None and is_stream(source.path):
+            return self._stored(source.path, source.pattern, testing)
+        return self._to_test(source) if testing else self._to_train(source)
+
+    def _to_train(self, source: Source) -> dict[str, Shard]:
+        files = source.files()
+        self._note_training(digest_of_files(files))
+        if said := source.splits_said(files):
+            _tell(said)
+        return self._shards(source, source.to_train(files), self.held_out)
+
+    def _to_test(self, source: Source) -> dict[str, Shard]:
+        files = source.files()
+        split, found = to_test(files)
+        held_out = self._held_out_of(source, files)
+        if found or held_out is None:
+            made = self._shards(source, found or files, 1.0)
+            what = f"the {split} split" if found else "all"
+        else:
+            made = self._shards(source, source.to_train(files), held_out)
+            what = f"what training with data.held_out = {held_out} leaves out"
+        count = len(made["held_out"].starts)
+        _tell(f"measured: {what} of {source.name}, {count:,} document{'s' * (count != 1)}")
+        return {"held_out": made["held_out"]}
+
+    def _held_out_of(self, source: Source, files: list[TextFile]) -> float | None:
+        """The share that was held out where these files were trained on, or that is asked for; None to test all."""
+        if self._asked:
+            return self.held_out
+        known = self._trained_before() | self.trained_on
+        return known.get(digest_of_files(files), self.held_out if source.path is None else None)
+
+    def _note_training(self, digest: str) -> None:
+        """The smaller of two shares that were held out lies in the other one."""
+        before = self._trained_before()
+        self.trained_on = before | self.trained_on | {digest: min(self.held_out, before.get(digest, 1))}
+
+    def _trained_before(self) -> dict[str, float]:
+        """What the checkpoint that the weights come from says; nothing where it is of an earlier version."""
+        folder = getattr(getattr(self.trainer, "lightning_module", None), "weights", None)
+        found: dict[str, float] = {} if folder is None else check_checkpoint(folder).get(TRAINED_ON, {})
+        return found
+
+    def _shards(self, source: Source, files: list[TextFile], held_out: float) -> dict[str, Shard]:
+        assert self.text_tokenizer is not None
+        return shards(files, self.text_tokenizer, held_out, self.cache, source.text_key, self.tokenize_workers)
+
+    def _stored(self, path: str, pattern: str, testing: bool) -> dict[str, Stream]:
+        """Rows that `write_stream` wrote, whose splits are settled."""
+        if pattern != "*" or self.carry_state:
             key = "carry_state" if self.carry_state else "pattern"
-            raise ValueError(f"data.{key} is for text, and {source.path} holds rows that were made of it; leave it out")
-        return open_streams(source.path, tokenizer, self.cache, **self._settled)
+            raise ValueError(f"data.{key} is for text, and {path} holds rows that were made of it; leave it out")
+        assert self.text_tokenizer is not None
+        found = open_streams(path, self.text_tokenizer, self.cache, **self._settled)
+        if testing:
+            _tell(f"measured: what is held out in {path}, {len(found['held_out']):,} rows")
+        return found
 
     @property
     def _settled(self) -> dict[str, Any]:
@@ -185,29 +254,51 @@ class TextData(L.LightningDataModule):
         return stacks.model_copy(update={"pretrained": self.tokenizer})
 
     def train_dataloader(self) -> Batches:
+        """In an order of its own from the first batch; where a run asks again, on from where its last loader was."""
+        before = self.trainer.train_dataloader if self.trainer is not None and self.trainer.training else None
+        of_run = before.order if isinstance(before, Batches) else None
+        seed = self._drawn_seed() if of_run is None or of_run.seed is None else of_run.seed
+        made = self._carried_batches(seed) if self.carry_state else self._mixed_batches(seed)
+        made.order.taken = 0 if of_run is None else of_run.taken
+        return made
+
+    def _drawn_seed(self) -> int:
         seed = torch.initial_seed() % 2**32 if self.seed is None else self.seed
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # a rank that was seeded apart would read other rows
-        if self.carry_state:
-            return self._streams(seed)
+        return seed
+
+    def _mixed_batches(self, seed: int) -> Batches:
         sets = self._sets("train")
         sizes, shares = [len(one) for one in sets], [source.share for source in self.sources]
         blocks = [one.block if isinstance(one, Stream) else None for one in sets]
-        order: Order = Shuffled(sizes[0], self.batch_size, seed, self._share(), blocks[0])
-        if len(sets) > 1:
-            order = Mixed(sizes, shares, self.batch_size, seed, self._share(), blocks)
-        return self._batches("train", Together(sets), order, shares)
 
-    def _streams(self, seed: int) -> Batches:
+        def order(seed: int | None) -> Order:
+            if len(sets) > 1:
+                return Mixed(sizes, shares, self.batch_size, seed, self._share(), blocks)
+            return Shuffled(sizes[0], self.batch_size, seed, self._share(), blocks[0])
+
+        return self._batches("train", Together(sets), self._overfit(order, seed), shares)
+
+    def _carried_batches(self, seed: int) -> Batches:
         shard = self.shards[0]["train"]
         assert isinstance(shard, Shard)
         rows = Streamed(Windows(shard, self.seq_len))
-        order = InStreams(len(rows), self.batch_size, seed, self._share())
+        order = self._overfit(lambda seed: InStreams(len(rows), self.batch_size, seed, self._share()), seed)
         longest = int(np.diff(shard.starts, append=len(shard.tokens)).max())
         model = getattr(self.trainer, "lightning_module", None)
         if model is not None:
             check_carries(model, longest)
         return self._batches("train", rows, order, [Fraction(1)], max(longest, self.seq_len))
+
+    def _overfit(self, order: Callable[[int | None], Order], seed: int) -> Order:
+        """The order of this seed; with the Trainer's overfit_batches, so many of its batches unshuffled."""
+        most: int | float = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if not most:
+            return order(seed)
+        plain = order(None)
+        count = min(len(plain), most) if isinstance(most, int) else int(len(plain) * most)
+        return Repeated(plain, max(1, count), seed)
 
     def val_dataloader(self) -> Batches:
         sets = self._sets("held_out")
@@ -246,6 +337,11 @@ class TextData(L.LightningDataModule):
 
     def test_dataloader(self) -> Batches:
         return self.val_dataloader()
+
+
+@rank_zero_only
+def _tell(sentence: str) -> None:
+    print(sentence, flush=True)
 
 
 def _check_range(key: str, value: int, low: int, high: int) -> None:

@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from ..checkpoint import read_run, save_checkpoint
 from ..disk import write_whole
 from ..stored import check_checkpoint
+from .data import TRAINED_ON
 from .module import StackModule
 
 MEASURE = "val_bits_per_byte"
@@ -79,6 +80,7 @@ class KeepBest(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         weights = module.whole_weights()
         if trainer.is_global_zero:
+            notes = {**notes, TRAINED_ON: data.trained_on}
             save_checkpoint(module.model, folder, data.text_tokenizer, notes, weights)
 
     def _drop(self, others: dict[Path, float]) -> None:
