@@ -26,10 +26,12 @@ Without --data.path it trains on Python's own standard library. All keys:
     "test": """\
 usage: eulerstack test --checkpoint DIR [--data.KEY VALUE ...]
 
-Measure bits per byte on the held-out part of a text, beside the text's unigram entropy and gzip -9.
+Measure bits per byte on a text, beside the text's unigram entropy and gzip -9: on its split `test`, or else the one for
+validation; without splits on all of it, or on what was held out if DIR was trained on the same files.
 
-  eulerstack test --checkpoint runs/arch_expert_research_mini/checkpoint
+  eulerstack test --checkpoint runs/arch_expert_research_mini/checkpoint        held out of the standard library
   eulerstack test --checkpoint DIR --data.path my_texts/
+  eulerstack test --checkpoint DIR --data.path my_texts/ --data.held_out 0.1    what fit with 0.1 holds out
 
 All keys:
 """,

@@ -38,7 +38,7 @@ def list_files(root: Path, pattern: str = "*", skip: set[str] | None = None) -> 
     Raises ValueError where there is no text, and for files that are no text.
     """
     if Path(pattern).is_absolute() or not pattern:
-        raise ValueError(f"data.pattern = {pattern!r} must be relative, such as '*.txt'")
+        raise ValueError(f"data.pattern = {pattern!r} must be a relative pattern, such as '*.txt'")
     if root.is_file():
         if is_empty(root):
             raise ValueError(f"data.path = {shown(root)!r} is an empty file; give text to train on")

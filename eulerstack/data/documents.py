@@ -135,7 +135,7 @@ def read(piece: Piece, text_key: str) -> Found:
         return _found(enumerate(rows, piece.first), lambda n, row: _of(f"{name}:{n}", row, text_key), "row")
     with reading(piece.file.path):
         if kind not in LINES:
-            return Found([Document(name, _text(piece.file))])
+            return Found([Document(name, _whole(piece.file, text_key))])
         lines = enumerate(_lines(piece), piece.first)
     full = ((number, line) for number, line in lines if line.removeprefix(MARK).strip())
     return _found(full, lambda n, line: _of(f"{name}:{n}", _object(line), text_key), "line")
@@ -171,6 +171,26 @@ def _check_mark(path: Path) -> None:
     for marks, name in (((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"), (_MARKS_16, "UTF-16")):
         if begin.startswith(marks):
             raise ValueError(f"{shown(path)} is no UTF-8 text but {name}: save it as UTF-8 (iconv -f {name} -t UTF-8)")
+
+
+def _whole(file: TextFile, text_key: str) -> str:
+    """Raises ValueError for rows in a .json file, which would be learned with their braces and keys."""
+    text = _text(file)
+    if suffix_of(file.path) == ".json" and _is_row(text.lstrip().removeprefix("[").lstrip(), text_key):
+        raise ValueError(
+            f'{shown(file.path)} holds rows such as {{"{text_key}": ...}}: write an object a line and name it .jsonl; '
+            "to learn JSON as it stands, name it .txt"
+        )
+    return text
+
+
+def _is_row(text: str, text_key: str) -> bool:
+    """Whether JSON begins with an object that would be a document."""
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text)
+        return isinstance(first, dict) and bool(_of("", first, text_key))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _text(file: TextFile) -> str:

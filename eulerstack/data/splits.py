@@ -52,12 +52,17 @@ def name_splits(files: Iterable[PurePath], saved: Collection[PurePath]) -> dict[
     saved: the folders that a `datasets.DatasetDict` was saved to, which hold splits where one is known by its name.
     """
     files = list(files)
-    notes = [file for file in files if file.stem.lower() in _NOTES]
-    rest = [file for file in files if file.stem.lower() not in _NOTES]
-    found = dict(_named(PurePath(), rest, saved, True))
-    if None in found.values():
-        found = dict(_named(PurePath(), rest, saved, False))
-    return found | dict.fromkeys(notes, BESIDE if any(found.values()) else None)
+    found = dict(_named(PurePath(), files, saved, True))
+    if any(split is None and not _is_note(file) for file, split in found.items()):
+        found = dict(_named(PurePath(), files, saved, False))
+    above = {folder for file, split in found.items() if split is not None for folder in file.parents}
+    notes = [file for file, split in found.items() if split is None and _is_note(file) and file.parent in above]
+    return found | dict.fromkeys(notes, BESIDE)
+
+
+def _is_note(file: PurePath) -> bool:
+    """Whether it tells of the text that lies beside or below it."""
+    return file.stem.lower() in _NOTES
 
 
 def _named(
@@ -66,7 +71,8 @@ def _named(
     """alone: whether a folder of nothing but splits holds splits though there is none to train on."""
     entries = _entries(here, files)
     splits = [entry.split(here in saved) for entry in entries]
-    if _are_splits(splits, here in saved, alone):
+    counted = [split for entry, split in zip(entries, splits, strict=True) if not _is_note(PurePath(entry.name))]
+    if _are_splits(counted, here in saved, alone):
         for entry, split in zip(entries, splits, strict=True):
             yield from ((file, split or BESIDE) for file in entry.files)
         return

@@ -75,6 +75,27 @@ def test_files_that_are_surely_no_text_are_refused(folder: Path, name: str, mess
     assert texts(made(folder, pattern="*.txt")) == [b"one", b"zero"]
 
 
+@pytest.mark.parametrize(
+    ("content", "refused"),
+    [
+        (LINES, True),
+        (b"\n[" + LINES.replace(b"\n", b",") + b"{}]", True),
+        (b'{"prompt": "a", "completion": "b"}', True),
+        (b'{"name": "a", "text": ["b"]}', False),
+        (b'["text"]', False),
+        (b"[" * 5000, False),
+        (b"3 is no object", False),
+    ],
+)
+def test_rows_in_json_are_not_learned_with_their_braces(folder: Path, content: bytes, refused: bool) -> None:
+    (folder / "a.json").write_bytes(content)
+    if refused:
+        with pytest.raises(ValueError, match=r'a\.json holds rows such as {"text": ...}: write an object a line'):
+            made(folder)
+    else:
+        assert texts(made(folder)) == sorted([content, b"one", b"zero"])
+
+
 def test_the_mark_of_utf8_is_none_of_the_text(folder: Path) -> None:
     (folder / "0.txt").write_bytes(b"\xef\xbb\xbfzero\r\n\xef\xbb\xbf")
     (folder / "1.jsonl").write_bytes(b"\xef\xbb\xbf\n\xef\xbb\xbf" + LINES)

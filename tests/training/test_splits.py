@@ -129,6 +129,21 @@ def test_other_names_are_no_splits(tmp_path: Path, names: tuple[str, ...]) -> No
     assert {file.split for file in list_files(tmp_path / "texts")} == {None}
 
 
+def test_a_readme_is_left_out_where_it_tells_of_splits(tmp_path: Path) -> None:
+    for name in ("README.md", "a/README.md", "a/train.jsonl", "a/dev.jsonl", "b/README.md", "b/x.txt"):
+        lines(tmp_path / "texts" / name, "train")
+    found = {file.name: file.split for file in list_files(tmp_path / "texts")}
+    beside = dict.fromkeys(("README.md", "a/README.md"), "beside")
+    kept = {"a/train.jsonl": "train", "a/dev.jsonl": "validation", "b/README.md": None, "b/x.txt": None}
+    assert found == {**beside, **kept}
+    made = data(tmp_path / "texts")
+    made.setup("fit")
+    assert len(texts(made, "train")) == 30 + 2
+    lines(tmp_path / "more" / "train" / "README.md", "train")
+    lines(tmp_path / "more" / "test" / "a.jsonl", "test")
+    assert [file.split for file in list_files(tmp_path / "more")] == ["test", "train"]
+
+
 def test_without_a_validation_some_of_the_training_split_is_held_out(tmp_path: Path) -> None:
     lines(tmp_path / "texts/train.jsonl", "train")
     lines(tmp_path / "texts/test.jsonl", "test")
