@@ -1,10 +1,12 @@
 """checkpoint convert: a checkpoint directory from a run's .ckpt, or from another directory in another dtype."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint import META, load_checkpoint, save_checkpoint, stack_of_run, with_dtype
+from ..stored import check_checkpoint
 from ..tokens import tokenizer_of
 
 
@@ -18,5 +20,11 @@ def convert(source: str, target: str, dtype: str | None) -> None:
     if wanted is not None:
         model.spec = with_dtype(model.spec, wanted)
     folder = place if ours else place.resolve().parent.parent / "checkpoint"
-    save_checkpoint(model, target, tokenizer_of(model.spec.tokenizer_contract, folder))
+    tokenizer = tokenizer_of(model.spec.tokenizer_contract, folder)
+    save_checkpoint(model, target, tokenizer, _notes(place) if ours else None)
     print(f"checkpoint: {target}")
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What the header of a checkpoint holds beside what each has: what it was trained on, its step."""
+    return {key: value for key, value in check_checkpoint(folder).items() if key not in ("format", "extensions")}

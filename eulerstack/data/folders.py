@@ -54,6 +54,8 @@ def _checked(path: Path) -> Path:
         return path
     if path.is_symlink():
         raise ValueError(f"{shown(path)} is a link to nothing, or to itself: remove it, or copy the file there")
+    if not path.exists():
+        raise ValueError(f"{shown(path)} was removed while data.path was listed: start again")
     raise ValueError(f"{shown(path)} is no file with text but a pipe, a socket or a device: remove it from data.path")
 
 

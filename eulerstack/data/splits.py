@@ -15,7 +15,11 @@ SPLITS = ("train", "held_out")
 TRAIN, VALIDATION, TEST, BESIDE = "train", "validation", "test", "beside"
 """What a file is by its name or its folder's; BESIDE is none of the splits that it lies beside."""
 
-_WORDS = {TRAIN: ("train", "training"), VALIDATION: ("validation", "valid", "val", "dev"), TEST: ("test",)}
+_WORDS = {  # those of the Hugging Face hub
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "val", "dev"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
 _KINDS = {word: split for split, words in _WORDS.items() for word in words}
 _TEXTS = (".txt", ".text", ".json")
 _NOTES = ("readme", "license", "licence", "citation", "dataset_info", "dataset_infos")

@@ -158,9 +158,11 @@ class TextData(L.LightningDataModule):
     def _to_train(self, source: Source) -> dict[str, Shard]:
         files = source.files()
         self._note_training(digest_of_files(files))
+        chosen = source.to_train(files)
         if said := source.splits_said(files):
-            _tell(said)
-        return self._shards(source, source.to_train(files), self.held_out)
+            unused = self._asked and any(file.split for file in chosen)
+            _tell(f"{said}; data.held_out is not used" if unused else said)
+        return self._shards(source, chosen, self.held_out)
 
     def _to_test(self, source: Source) -> dict[str, Shard]:
         files = source.files()

@@ -11,6 +11,7 @@ import torch
 
 import eulerstack as es
 from eulerstack.checkpoint import save_checkpoint
+from eulerstack.cli.convert import convert
 from eulerstack.data.corpus import list_files
 from eulerstack.segments import IGNORED
 from eulerstack.stored import check_checkpoint
@@ -50,6 +51,7 @@ def check_splits(path: Path, **options: Any) -> None:
     made = data(path, **options)
     made.setup("test")
     assert texts(made, "held_out") == sorted(row["text"] for row in rows("test"))
+    data(path, held_out=0.5, **options).setup("fit")
 
 
 def dataset_dict(folder: Path, names: dict[str, str]) -> Path:
@@ -65,6 +67,7 @@ def test_a_saved_dataset_dict(tmp_path: Path, held: str, capsys: pytest.CaptureF
     pytest.importorskip("pyarrow")
     check_splits(dataset_dict(tmp_path / "saved", {"train": "train", held: "validation", "test": "test"}))
     said = capsys.readouterr().out
+    assert said.count("data.held_out is not used") == 1
     assert f"validation: {held}/data-00000-of-00001.arrow; test: test/data-00000-of-00001.arrow" in said
     assert "measured: the test split of" in said
     assert "saved, 7 documents" in said
@@ -86,6 +89,7 @@ LAYOUTS = {
     "folders": ("train/a.jsonl", "val/a.jsonl", "test/deep/train.jsonl"),
     "below": ("en/train.jsonl", "en/dev.jsonl", "de/test.jsonl"),
     "numbers": ("train_0.jsonl", "valid.00.jsonl", "test1.jsonl"),
+    "words of the hub": ("training.jsonl", "validation.jsonl", "eval.jsonl"),
     "names": ("train-web.jsonl", "validation-web.jsonl", "test-web.jsonl"),
 }
 
@@ -240,6 +244,8 @@ def test_what_was_trained_on_is_not_tested(
         L.Trainer(**QUIET).test(module, again, verbose=False)
         assert held(again) == kept_out
         assert "what training with data.held_out = 0.3 leaves out of" in capsys.readouterr().out
+    convert(str(tmp_path / "run" / "checkpoint"), str(tmp_path / "half"), "bfloat16")
+    assert check_checkpoint(tmp_path / "half")["trained_on"] == made.trained_on
     asked = data(file, held_out=0.5)
     L.Trainer(**QUIET).test(module, asked, verbose=False)
     assert set(kept_out) < set(held(asked))
