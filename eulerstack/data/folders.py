@@ -45,8 +45,11 @@ def _entries(folder: Path, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]]
 
 
 def _leads_out(link: Path, root: Path) -> bool:
+    """Whether a link leads to what is not read anyhow: outside of the root, or hidden in it."""
     target = link.resolve()
-    return not (target == root or root in target.parents or target in root.parents)
+    if root in target.parents:
+        return any(part.startswith(".") for part in target.relative_to(root).parts)
+    return target != root and target not in root.parents
 
 
 def _checked(path: Path) -> Path:

@@ -164,6 +164,12 @@ def test_linked_folders_are_read_once(folder: Path, elsewhere: Path) -> None:
     assert [file.name for file in list_files(folder)] == ["0.txt", "1.txt", "below/2.txt", "linked/deep/far.txt"]
 
 
+def test_a_link_to_a_hidden_folder_is_followed(folder: Path, elsewhere: Path) -> None:
+    elsewhere.rename(folder / ".kept")
+    (folder / "linked").symlink_to(folder / ".kept")
+    assert [file.name for file in list_files(folder)] == ["0.txt", "1.txt", "linked/deep/far.txt"]
+
+
 def test_linked_files_are_read(folder: Path, elsewhere: Path) -> None:
     (folder / "2.txt").symlink_to(elsewhere / "deep" / "far.txt")
     assert texts(made(folder)) == [b"far", b"one", b"zero"]
