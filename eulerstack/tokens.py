@@ -1,18 +1,20 @@
 """Text to token ids and back: the 256 bytes, or a Hugging Face tokenizer.json."""
 
-import codecs
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from .spec import ByteTokenizer, HFTokenizer
+from .detokenizer import LOST, ByteDetokenizer, Detokenizer, StagedDetokenizer, gone_on
+from .spec import ByteTokenizer, HFTokenizer, StackSpec
 
 
 class Tokenizer(Protocol):
-    """ids in [0, vocab_size)."""
+    """ids in [0, vocab_size), of which some may stand for nothing."""
 
-    vocab_size: int
+    vocab_size: int  # the largest id, and one
     begins: bool  # whether a document starts with BOS
     stops: frozenset[int]  # ids that end a text
 
@@ -20,11 +22,17 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
-    def stream(self, ids: Iterator[int]) -> Iterator[str]:
-        """Pieces of text as the ids come, never half a character."""
+    def stream(self, ids: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """Pieces of text as the ids come, never half a character; joined, they are what `decode` gives.
+
+        before: the ids of a prompt that they go on from, whose own text is not among the pieces.
+        """
+
+    def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer:
+        """What `stream` gives the ids to, one at a time."""
 
     def name(self, token: int) -> str:
-        """What one id is called: its text, or a word of its own where it is only part of a character."""
+        """What one id alone is called: its text, or a word of its own where another has that text, or there is none."""
 
     def fingerprint(self) -> str:
         """Changes whenever the same text could give other ids."""
@@ -41,16 +49,17 @@ class Bytes:
     stops: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8", "surrogateescape"))
+        """A byte that a terminal or file name brought as a surrogate is that byte; other surrogates are U+FFFD."""
+        return list(_NO_BYTE.sub(LOST, text).encode("utf-8", "surrogateescape"))
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.stream(iter(ids)))
 
-    def stream(self, ids: Iterator[int]) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in ids:
-            yield decoder.decode(bytes([token if token < 256 else 0xFF]))
-        yield decoder.decode(b"", final=True)
+    def stream(self, ids: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+        return _pieces(self.detokenizer(before), ids)
+
+    def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer:
+        return gone_on(ByteDetokenizer(), before)
 
     def name(self, token: int) -> str:
         return chr(token) if token < 128 else f"bytes:\\x{token:02x}" if token < 256 else f"token:{token}"
@@ -62,44 +71,59 @@ class Bytes:
         """Nothing: the spec says it all."""
 
 
+_NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def _pieces(detokenizer: Detokenizer, ids: Iterator[int]) -> Iterator[str]:
+    for token in ids:
+        yield detokenizer.put(token).text
+    yield detokenizer.end().text
+
+
 class HuggingFace:
-    """A tokenizer.json read by the `tokenizers` library; BOS and EOS as the contract says."""
+    """A tokenizer.json read by the `tokenizers` library; BOS and EOS as the contract says.
+
+    What the file says of truncation, padding and BPE's dropout is for others: a text's ids are all of it, nothing
+    beside it, and the same each time.
+    """
 
     def __init__(self, contract: HFTokenizer, folder: Path | None = None) -> None:
-        from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - most stacks speak bytes
-
         self.file = _tokenizer_file(contract.pretrained, folder)
         self.contract = contract
-        try:
-            self.backend: Any = Backend.from_file(str(self.file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{self.file} is no tokenizer.json: {error}") from None
-        self.vocab_size: int = self.backend.get_vocab_size()
+        self.backend = _read(self.file)
+        self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.vocab_size:
+            raise ValueError(f"{self.file} has no tokens; train the tokenizer first")
         wanted = (("bos", contract.add_bos), ("eos", contract.add_eos))
         self._special = {name: self._find(name) for name, add in wanted if add}
         self.begins = contract.add_bos
         self.stops = frozenset({self._special["eos"]} if contract.add_eos else ())
+        added = self.backend.get_added_tokens_decoder().values()
+        marked = {token.content for token in added if token.special}
+        self._unshown = marked | {self.backend.id_to_token(token) for token in self._special.values()}
 
     def encode(self, text: str) -> list[int]:
-        """The text's ids after BOS; EOS is for whole documents, see document_ids."""
-        text = text.encode("utf-8", "replace").decode()
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        """The text's ids after BOS; EOS is for whole documents, see document_ids. Raises ValueError for a text of
+        which the file knows a part by no token, nor by one for what it does not know."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{self.file} cannot encode {text!r:.80}: {error}; give it a token for unknowns") from None
         return [self._special["bos"], *ids] if self.contract.add_bos else ids
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self.backend.decode(ids, skip_special_tokens=True)
-        return text
+        """Special tokens, BOS and EOS are not shown, nor ids that stand for nothing."""
+        return "".join(self.stream(iter(ids)))
 
-    def stream(self, ids: Iterator[int]) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream  # noqa: PLC0415
+    def stream(self, ids: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+        return _pieces(self.detokenizer(before), ids)
 
-        decoder = DecodeStream(skip_special_tokens=True)
-        for token in ids:
-            yield decoder.step(self.backend, token) or ""
+    def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer:
+        return gone_on(StagedDetokenizer(self._shown, self.backend.decoder), before)
 
     def name(self, token: int) -> str:
-        text: str = self.backend.decode([token], skip_special_tokens=False)
-        return text if text and "\ufffd" not in text else self.backend.id_to_token(token) or f"token:{token}"
+        return self._names[token] if token < self.vocab_size else f"token:{token}"
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.backend.to_str().encode())  # the same for the copy that a checkpoint has
@@ -108,6 +132,32 @@ class HuggingFace:
 
     def save(self, folder: Path) -> None:
         self.backend.save(str(folder / "tokenizer.json"))
+
+    def _shown(self, token: int) -> str | None:
+        """A token as the vocabulary writes it; None for one without text."""
+        word: str | None = self.backend.id_to_token(token)
+        return None if word in self._unshown else word
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """A name for each id, made when the first is asked for. It is what the id adds to a text, where no other adds
+        that or is written so in the vocabulary; else what the vocabulary writes; else its number."""
+        ids, taken, names = self.backend.get_vocab(with_added_tokens=True), set[str](), list[str]()
+        for token in range(self.vocab_size):
+            word = self.backend.id_to_token(token)
+            text = self._added_text(word) if self._shown(token) is not None else ""
+            free = text and LOST not in text and ids.get(text, token) == token
+            found = (name for name in (text if free else None, word) if name and name not in taken)
+            name = next((name for name in found if not _NUMBERED.fullmatch(name)), f"token:{token}")
+            taken.add(name)
+            names.append(name)
+        return names
+
+    def _added_text(self, word: str) -> str:
+        """What a token adds to a text that it does not begin."""
+        before = "b" if word == "a" else "a"
+        decode: Callable[[list[str]], str] = " ".join if self.backend.decoder is None else self.backend.decoder.decode
+        return decode([before, word])[len(decode([before])) :]
 
     def _find(self, name: str) -> int:
         names = {
@@ -123,6 +173,26 @@ class HuggingFace:
         )
 
 
+_NUMBERED = re.compile(r"token:\d+")
+"""A name that only the id of that number has."""
+
+
+def _read(file: Path) -> Any:
+    """The library's tokenizer. Raises ValueError."""
+    from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - most stacks speak bytes
+    from tokenizers.models import BPE  # noqa: PLC0415
+
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is no tokenizer.json: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    if isinstance(backend.model, BPE):
+        backend.model.dropout = None
+    return backend
+
+
 def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a whole document, with EOS where the contract asks for it."""
     return [*tokenizer.encode(text), *tokenizer.stops]
@@ -131,6 +201,13 @@ def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def tokenizer_of(contract: ByteTokenizer | HFTokenizer, folder: Path | None = None) -> Tokenizer:
     """The tokenizer of a stack; a checkpoint's own tokenizer.json in `folder` comes first. Raises ValueError."""
     return Bytes() if isinstance(contract, ByteTokenizer) else HuggingFace(contract, folder)
+
+
+def tokenizer_for(spec: StackSpec, folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's stack. Raises ValueError where its ids are more than the stack's rows."""
+    tokenizer = tokenizer_of(spec.tokenizer_contract, folder)
+    check_fits(tokenizer, spec.model.vocab_size)
+    return tokenizer
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:

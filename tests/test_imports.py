@@ -10,7 +10,8 @@ MAY_IMPORT = {
     "segments": set(),
     "disk": set(),
     "state": {"disk"},
-    "tokens": {"spec"},
+    "detokenizer": set(),
+    "tokens": {"detokenizer", "spec"},
     "kernels": {"segments"},
     "layers": {"kernels", "segments", "spec"},
     "mixers": {"kernels", "layers", "segments", "spec", "state"},
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "devices": set(),
     "stored": set(),
     "checkpoint": {"disk", "model", "spec", "stored", "tokens"},
-    "inference": {"kernels", "mixers", "model", "segments", "state", "tokens"},
+    "inference": {"detokenizer", "kernels", "mixers", "model", "segments", "state", "tokens"},
     "data": {"disk", "segments", "tokens"},
     "training": {
         "block",
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     | {"mup", "stored", "tokens"},
     "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "stored", "tokens", "training"},
 }
-FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"tokens"}}
+FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"detokenizer", "tokens"}}
 FOREIGN |= {
     "pydantic": {"spec", "inference"},
     "fastapi": {"inference"},

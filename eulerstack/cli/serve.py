@@ -37,11 +37,11 @@ def serve(
     from ..inference.service import Service
     from ..inference.sessions import Sessions
     from ..spec import load
-    from ..tokens import tokenizer_of
+    from ..tokens import tokenizer_for
     from .write import usable
 
     model = load_checkpoint(checkpoint, usable(device))
-    tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
+    tokenizer = tokenizer_for(load(checkpoint), Path(checkpoint))
     model.check_keeps_state()
     parked = None if sessions is None else Sessions(sessions, model)
     service = Service(Engine(model, slots, max_tokens, room, prefix_bytes=kept, sessions=parked), queue)

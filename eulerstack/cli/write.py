@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import load_checkpoint
+from ..checkpoint import first_line, load_checkpoint
 from ..inference.generate import generate
 from ..inference.sampling import Token
 from ..inference.speculation import AHEAD
 from ..spec import load
-from ..tokens import Tokenizer, tokenizer_of, until
+from ..tokens import Tokenizer, tokenizer_for, until
 
 
 def write(
@@ -37,30 +37,51 @@ def write(
     model = load_checkpoint(checkpoint, place)
     if draft is not None:
         rules |= {"draft": load_checkpoint(draft, place), "ahead": ahead or AHEAD}
-    tokenizer = tokenizer_of(load(checkpoint).tokenizer_contract, Path(checkpoint))
+    tokenizer = tokenizer_for(load(checkpoint), Path(checkpoint))
     rows = [tokenizer.encode(prompt) for prompt in prompts]
-    steps = generate(model, rows, max_new_tokens, stop=tokenizer.stops, **rules)
+    steps = _sentenced(generate(model, rows, max_new_tokens, stop=tokenizer.stops, **rules))
     if rules["logprobs"] is not None:
         _table(steps, tokenizer)
     elif len(rows) == 1:
-        _stream(prompts[0], (step[0] for step in steps if step[0] is not None), tokenizer, stops)
+        ids = (step[0] for step in steps if step[0] is not None)
+        _stream(prompts[0], until(tokenizer.stream(ids, rows[0]), stops))
     else:
-        _batch(prompts, list(steps), tokenizer, stops)
+        _batch(
+            prompts, [until(tokenizer.stream(ids, row), stops) for ids, row in zip(_columns(steps), rows, strict=True)]
+        )
 
 
-def _stream(prompt: str, ids: Iterator[int], tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+def _sentenced(steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+    """The same steps; one that fails ends the command with a sentence."""
+    try:
+        yield from steps
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # PyTorch and the kernels raise what they like, such as a full GPU's error
+        raise ValueError(
+            f"the text ends here, the next step failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _columns(steps: Iterator[list[int | None]]) -> Iterator[Iterator[int]]:
+    """Each row's ids, when all are there."""
+    for row in zip(*steps, strict=True):
+        yield (token for token in row if token is not None)
+
+
+def _stream(prompt: str, pieces: Iterator[str]) -> None:
     sys.stdout.write(prompt)
-    for piece in until(tokenizer.stream(ids), stops):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
 
 
-def _batch(prompts: list[str], steps: list[list[int | None]], tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-    for row, prompt in enumerate(prompts):
-        ids = [token for step in steps if (token := step[row]) is not None]
-        text = "".join(until(tokenizer.stream(iter(ids)), stops))
-        print(f"--- {row + 1} of {len(prompts)}\n{prompt}{text}")
+def _batch(prompts: list[str], texts: list[Iterator[str]]) -> None:
+    for row, (prompt, pieces) in enumerate(zip(prompts, texts, strict=True), start=1):
+        print(f"--- {row} of {len(prompts)}\n{prompt}{''.join(pieces)}")
 
 
 def _table(steps: Iterator[list[int | None]], tokenizer: Tokenizer) -> None:
@@ -68,8 +89,8 @@ def _table(steps: Iterator[list[int | None]], tokenizer: Tokenizer) -> None:
     for step in steps:
         for row, token in enumerate(step):
             if isinstance(token, Token):
-                best = ", ".join(f"{tokenizer.decode([i])!r} {score:.3f}" for i, score in token.top.items())
-                print(f"{row + 1}  {token.logprob:8.3f}  {tokenizer.decode([token])!r:12} {best}", flush=True)
+                best = ", ".join(f"{tokenizer.name(i)!r} {score:.3f}" for i, score in token.top.items())
+                print(f"{row + 1}  {token.logprob:8.3f}  {tokenizer.name(token)!r:12} {best}", flush=True)
 
 
 def usable(name: str) -> torch.device:

@@ -98,7 +98,7 @@ class Parts:
     def _made(self, number: int) -> Part:
         found = [(file, read(piece, self.text_key)) for file, piece in self.plan[number]]
         documents = [document for _, one in found for document in one.documents]
-        ids = [document.tokens(self.tokenizer) for document in documents]
+        ids = [_tokens(document, self.tokenizer) for document in documents]
         texts = [document.text.encode() for document in documents]
         held = np.array([self._held(file, one) for file, some in found for one in some.documents], dtype=np.bool_)
         dtype = np.min_scalar_type(self.tokenizer.vocab_size - 1)
@@ -116,6 +116,14 @@ class Parts:
     def _held(self, file: int, document: Document) -> bool:
         split = self.files[file].split
         return is_held(document.name, self.held_out) if split is None else split != TRAIN
+
+
+def _tokens(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The document's. Raises ValueError that names it where the tokenizer cannot encode it."""
+    try:
+        return document.tokens(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{document.name}: {error}") from None
 
 
 def _last(count: int) -> Iterator[bool]:

@@ -10,7 +10,7 @@ from ..tokens import Tokenizer
 from .engine import Request
 from .openai import Asked, Chat, Completion
 from .sampling import Token
-from .text import CONTEXT, Text
+from .text import Text
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Score:
     """A token's name, where it stands in the text, how likely it was, and names of likely ones; None: not known."""
 
     name: str
-    offset: int
+    offset: int = 0
     logprob: float | None = None
     top: dict[str, float] | None = None
 
@@ -38,63 +38,69 @@ class Answer:
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer, stops: Sequence[str], asked: Asked) -> None:
         self.index, self.request, self.tokenizer = index, request, tokenizer
-        self.text = Text(tokenizer, stops)
         self.scored = isinstance(asked, Completion) and asked.logprobs is not None
         self.echo = isinstance(asked, Completion) and asked.echo
         self.empty = isinstance(asked, Completion) and asked.max_tokens == 0
-        self.begun: tuple[str, list[int]] = ("", [])
+        said = request.text[: len(request.text) - len(request.prompt)] if self.echo else request.text
+        self.text, self.begun = Text(tokenizer, stops, said), ""
+        if self.echo and said:
+            self.text.detokenizer.end()  # half a character that the last turn ended with was said
         self.held: list[Score] = []
-        self.shown = self.count = 0
+        self.shown = self.count = self.told = 0
         self.finished = False
 
     def begin(self) -> None:
         """Read the prompt as text, before the first token comes."""
         if self.echo:
             self.begun = self.text.read(self.request.prompt)
-        else:
-            self.text.read(self.request.prompt[-CONTEXT:], count=False)
+        if self.scored:
+            self.tokenizer.name(0)  # the first name takes a while, and here no one waits for it
 
     def take(self, token: int, finish: str | None) -> Delta:
         """What the next token adds; finish: why it is the last, if it is."""
-        text, self.begun = self._echoed(), ("", [])
+        text = self._echoed()
         if not self.empty:
             self.count += 1
             text += self.text.add(token)
-            self._score(token, self.text.offset)
+            if finish != "stop":  # a token that ends the text is none of it
+                self._score(token)
+        if finish is not None and not self.text.cut.met:
+            text += self.text.end()
         if self.text.cut.met:
             finish = "stop"
-        elif finish is not None:
-            text += self.text.end()
         self.finished = finish is not None
         self.shown += len(text)
-        return Delta(self.index, text, self._ready(finish), finish)
+        return Delta(self.index, text, self._ready(), finish)
 
     def _echoed(self) -> str:
-        text, offsets = self.begun
-        scores: list[int] = []
-        if self.scored:  # the first has none, where nothing was said before it
-            unscored = len(self.request.prompt) - len(self.request.scores)
-            scores = [*self.request.prompt[:unscored], *self.request.scores]
-        for token, offset in zip(scores, offsets, strict=False):
-            self._score(token, offset)
-        return text
+        """The prompt's text, once, and its scores: the first token has none, where nothing was said before it."""
+        if not self.echo:
+            return ""
+        self.echo = False
+        unscored = len(self.request.prompt) - len(self.request.scores)
+        for token in (*self.request.prompt[:unscored], *self.request.scores):
+            self._score(token)
+        return self.begun
 
-    def _score(self, token: int, offset: int) -> None:
+    def _score(self, token: int) -> None:
         if not self.scored:
             return
-        score = Score(self.tokenizer.name(token), offset)
+        score = Score(self.tokenizer.name(token))
         if isinstance(token, Token):
-            score.logprob, score.top = token.logprob, {}
-            for other, logprob in (*token.top.items(), (token, token.logprob)):
-                score.top.setdefault(self.tokenizer.name(other), logprob)
+            score.logprob = token.logprob
+            score.top = {self.tokenizer.name(i): p for i, p in (*token.top.items(), (token, token.logprob))}
         self.held.append(score)
 
-    def _ready(self, finish: str | None) -> list[Score]:
+    def _ready(self) -> list[Score]:
         """Scores of tokens whose text was shown; those behind a stop never are."""
-        end = len(self.held)
-        if finish != "length":
-            end = sum(score.offset < self.shown for score in self.held)
-        ready, self.held = self.held[:end], self.held[end:]
+        ready: list[Score] = []
+        for score, offset in zip(self.held, self.text.offsets[self.told :], strict=False):
+            if offset >= self.shown and (not self.finished or self.text.cut.met):
+                break
+            score.offset = offset
+            ready.append(score)
+        self.held = self.held[len(ready) :]
+        self.told += len(ready)
         return ready
 
 

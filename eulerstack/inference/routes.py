@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +22,8 @@ from .openai import TURN, Asked, Chat, Completion, RefusedError, read
 from .service import Job, Service
 
 T = TypeVar("T", bound=Asked)
+
+log = logging.getLogger(__name__)
 
 
 class Api:
@@ -135,7 +138,10 @@ class Api:
 
     def _ids(self, text: str, session: str | None) -> list[int]:
         """A prompt's ids; a turn that goes on with a session begins no document."""
-        ids, sessions = self.tokenizer.encode(text), self.engine.sessions
+        try:
+            ids, sessions = self.tokenizer.encode(text), self.engine.sessions
+        except ValueError as error:
+            raise RefusedError(400, f"prompt: {error}", "prompt") from None
         resumed = session is not None and sessions is not None and session in sessions
         return ids[1:] if self.tokenizer.begins and resumed else ids
 
@@ -175,8 +181,10 @@ class Api:
             if asked.stream_options.include_usage:
                 yield _event(shape.last(self._usage(answers, asked.n)))
             yield "data: [DONE]\n\n"
-        except RefusedError as error:
-            yield _event(error.body())
+        except Exception as error:  # the status is sent: what went wrong, whatever it was, is the last event
+            if not isinstance(error, RefusedError):
+                log.exception("a stream failed")
+            yield _event(_refused(error).body())
 
     def _usage(self, answers: list[Answer], n: int) -> dict[str, int]:
         return usage(sum(len(a.request.prompt) for a in answers[::n]), sum(answer.count for answer in answers))

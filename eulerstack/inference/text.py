@@ -1,56 +1,35 @@
 """Tokens as text: what one answer says as its tokens come, and where in the text each of them stands."""
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 
+from ..detokenizer import Piece
 from ..tokens import Cut, Tokenizer
-
-CONTEXT = 8
-"""Tokens of a prompt that say how its continuation is read: half characters, spaces before words."""
 
 
 class Text:
-    """The text of a growing row of tokens: whole characters, up to the first of the `stops`.
+    """The text of a growing row of tokens that goes on from `before`: whole characters, up to the first of the `stops`.
 
-    offset: where the last token stands in the text, in characters; pieces of one character share a place.
+    offsets: where tokens stand in the text, in characters, in their order; pieces of one character share a place. The
+    last of them are not there yet where what comes next decides.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.cut = tokenizer, Cut(stops)
-        self.feed: deque[int | None] = deque()
-        self.pieces = tokenizer.stream(iter(self.feed.popleft, None))
-        self.length = self.offset = 0
-        self.open: list[int] = []
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+        self.detokenizer, self.cut = tokenizer.detokenizer(before), Cut(stops)
+        self.length, self.offsets = 0, list[int]()
 
-    def read(self, tokens: Iterable[int], count: bool = True) -> tuple[str, list[int]]:
-        """The text of a prompt, in which no stop is looked for, and each token's offset; both left out uncounted."""
-        pieces, offsets = [], []
-        for token in tokens:
-            pieces.append(self._next(token))
-            offsets.append(self.offset)
-        if not count:
-            self.length = 0
-        return "".join(pieces), offsets
+    def read(self, tokens: Iterable[int]) -> str:
+        """Text in which no stop is looked for."""
+        return "".join(self._placed(self.detokenizer.put(token)) for token in tokens)
 
     def add(self, token: int) -> str:
         """What can be shown of an answer now that `token` came."""
-        return self.cut(self._next(token))
+        return self.cut(self._placed(self.detokenizer.put(token)))
 
     def end(self) -> str:
         """What was held back for tokens that will not come."""
-        self.feed.append(None)
-        return self.cut("".join(self.pieces)) + self.cut.held
+        return self.cut(self._placed(self.detokenizer.end())) + self.cut.held
 
-    def _next(self, token: int) -> str:
-        self.feed.append(token)
-        piece = next(self.pieces)
-        alone = self.tokenizer.decode([token])
-        held, together = self.tokenizer.decode(self.open), self.tokenizer.decode([*self.open, token])
-        whole = held if together == held + alone else held.rstrip("\N{REPLACEMENT CHARACTER}")
-        self.offset = self.length + len(whole)
-        self.length += len(piece)
-        if piece:
-            self.open = [token] if len(piece) < len(together) else []
-        else:
-            self.open = [*self.open, token] if together else []
-        return piece
+    def _placed(self, piece: Piece) -> str:
+        self.offsets += [self.length + start for start in piece.starts]
+        self.length += len(piece.text)
+        return piece.text

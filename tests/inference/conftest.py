@@ -16,7 +16,7 @@ import pytest
 
 import eulerstack as es
 from eulerstack.inference.engine import Engine
-from eulerstack.tokens import Bytes
+from eulerstack.tokens import Bytes, Tokenizer
 
 from ..conftest import PATIENCE
 
@@ -48,13 +48,15 @@ def running(
     key: str | None = None,
     body: int = 1 << 20,
     drain: float = 20,
+    tokenizer: Tokenizer | None = None,
     **engine: Any,
 ) -> Iterator[Served]:
     from eulerstack.inference.routes import Api
     from eulerstack.inference.server import Server
     from eulerstack.inference.service import Service
 
-    api = Api(Service(Engine(model, slots, prefill=16, **engine), queue), Bytes(), model.spec.model.name, key, body)
+    service = Service(Engine(model, slots, prefill=16, **engine), queue)
+    api = Api(service, tokenizer or Bytes(), model.spec.model.name, key, body)
     server = Server(api, drain)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
