@@ -1,8 +1,9 @@
 """What OpenAI's API asks: the fields of its requests, and the shape of its errors."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import from_json
 
 
@@ -36,7 +37,27 @@ def _stops(value: Any) -> list[str]:
 
 
 class Fields(BaseModel):
+    """An object of a request. `neutral`: other fields of the API, and the values at which they ask for nothing."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        others = cls.neutral.keys() - cls.model_fields.keys()
+        return {key: value for key, value in data.items() if key not in others or not _is_one(value, cls.neutral[key])}
+
+
+def _is_one(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether the value is one of these, and of its type: 0.0 is 0, but false is not."""
+    return any(value == one and type(value) in _kinds(one) for one in values)
+
+
+def _kinds(value: Any) -> tuple[type, ...]:
+    return (int, float) if type(value) is int else (type(value),)
 
 
 class StreamOptions(Fields):
@@ -45,8 +66,27 @@ class StreamOptions(Fields):
 
 
 class Asked(Fields):
-    """What both routes take; null is as good as left out."""
+    """What both routes take."""
 
+    neutral = {
+        "best_of": (1,),
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "suffix": ("",),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "store": (False,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+    }
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -83,9 +123,16 @@ class Part(Fields):
 
 
 class Message(Fields):
+    neutral = {"annotations": ([],), "refusal": ("",), "tool_calls": ([],)}
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answer_without_text(cls, data: Any) -> Any:
+        """The client's own answers are sent back as history, and one of them may have no content."""
+        return {"content": "", **data} if isinstance(data, dict) and data.get("role") == "assistant" else data
 
     def line(self) -> str:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -107,27 +154,6 @@ class Chat(Asked):
 TURN = "\nuser:"
 """Where an answer of the chat ends: the model has begun to write the user's part."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-}
-"""Fields of the API that mean nothing here, and the values at which they ask for nothing; null is one."""
-
 T = TypeVar("T", bound=Asked)
 
 
@@ -139,28 +165,26 @@ def read(body: bytes, kind: type[T]) -> T:
         raise RefusedError(400, f"the body is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise RefusedError(400, 'the body must be a JSON object, as in {"prompt": "def "}')
-    known = kind.model_fields
-    for key in [key for key in data if key in NEUTRAL and key not in known]:
-        if (value := data.pop(key)) is not None and not any(
-            value == n and type(value) in _kinds(n) for n in NEUTRAL[key]
-        ):
-            raise RefusedError(
-                400, f"{key} = {value!r:.80} is not supported; leave it out", key, "unsupported_parameter"
-            )
     try:
-        return kind.model_validate({key: value for key, value in data.items() if value is not None or key not in known})
+        return kind.model_validate(_without_nulls(data))
     except ValidationError as error:
         raise _refusal(error) from None
 
 
-def _kinds(value: Any) -> tuple[type, ...]:
-    """Types that a neutral value may have: 0.0 is 0, but false is not."""
-    return (int, float) if type(value) is int else (type(value),)
+def _without_nulls(data: Any) -> Any:
+    """The same without the fields, at any depth, that are null. A null in a list stays: it is one of its values."""
+    if isinstance(data, dict):
+        return {key: _without_nulls(value) for key, value in data.items() if value is not None}
+    return [_without_nulls(value) for value in data] if isinstance(data, list) else data
 
 
 def _refusal(error: ValidationError) -> RefusedError:
     first = error.errors(include_url=False)[0]
     param = ".".join(map(str, first["loc"][:3])) or None
+    if first["type"] == "extra_forbidden" and first["loc"][-1] in {*Asked.neutral, *Message.neutral}:
+        return RefusedError(
+            400, f"{param} = {first['input']!r:.80} is not supported; leave it out", param, "unsupported_parameter"
+        )
     if first["type"] == "extra_forbidden":
         return RefusedError(
             400, f"{param!a:.80} is no field that is known here; leave it out", param, "unknown_parameter"

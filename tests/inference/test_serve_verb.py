@@ -42,6 +42,8 @@ def test_the_official_client_and_a_signal(checkpoint: Path) -> None:
         parts = client.chat.completions.create(**talk, stream=True)
         assert "".join(part.choices[0].delta.content or "" for part in parts) == said.content
         assert said.role == "assistant"
+        talk["messages"] += [said.model_dump(), {"role": "user", "content": "and?"}]
+        assert client.chat.completions.create(**talk).choices[0].message.role == "assistant"
         with pytest.raises(BadRequestError, match="best_of = 3 is not supported"):
             client.completions.create(**fields, best_of=3)
         one.send_signal(signal.SIGTERM)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from eulerstack.inference.openai import Asked, Chat, Completion, Fields, Message, Part, StreamOptions, read
+
 from ..conftest import PATIENCE
 from .conftest import Served, solo, words
 
@@ -268,7 +270,9 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"50256": -100}}, "logit_bias", "logit_bias"),
     ({"suffix": "end"}, "suffix = 'end'", "suffix"),
     ({"colour": "red"}, "'colour' is no field", "colour"),
-    ({"colour": None}, "'colour' is no field", "colour"),
+    ({"metadata": {"a": 1}}, "metadata = {'a': 1} is not supported", "metadata"),
+    ({"prompt": [None]}, "must be a text, token ids", "prompt"),
+    ({"stop": [None]}, "must be a text or a list", "stop"),
     ({"messages": []}, "'messages' is no field", "messages"),
 ]
 
@@ -293,7 +297,13 @@ def test_bad_fields_are_refused_by_name(
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": None}, "messages"),
+        ({"messages": [None]}, "messages.0"),
+        ({"messages": [{"role": None, "content": "a"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages.0.x"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant", "content": None, "refusal": "no"}]}, "messages.0.refusal"),
         ({"messages": [{"role": "user", "content": "a" * 300}]}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": True}, "logprobs"),
@@ -306,6 +316,49 @@ def test_bad_chats_are_refused_by_name(shared: Served, fields: dict[str, Any], p
     answer = post(shared, CHAT, **{"messages": [{"role": "user", "content": "a"}], **fields})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(param)
+
+
+def fields_of(kind: type[Fields]) -> set[str]:
+    return {*kind.model_fields, *kind.neutral, "colour"}
+
+
+def test_a_null_is_as_good_as_left_out_wherever_it_stands() -> None:
+    part = {**dict.fromkeys(fields_of(Part)), "type": "text", "text": "a"}
+    said = {**dict.fromkeys(fields_of(Message)), "role": "assistant"}
+    asked = {**dict.fromkeys(fields_of(Message)), "role": "user", "content": [part]}
+    settings = {"stream_options": dict.fromkeys(fields_of(StreamOptions)), "metadata": {"a": None}}
+    settings |= {"response_format": {"type": "text", "json_schema": None}, "logit_bias": {"7": None}}
+    for kind, needed, given in (
+        (Chat, {"messages": [{"role": "user", "content": "a"}]}, {"messages": [asked]}),
+        (Chat, {"messages": [{"role": "assistant", "content": ""}]}, {"messages": [said]}),
+        (Completion, {"prompt": "a"}, {"prompt": "a"}),
+    ):
+        nulls = dict.fromkeys((fields_of(kind) | settings.keys()) - given.keys())
+        assert read_dict(kind, nulls | given) == read_dict(kind, needed)
+        assert read_dict(kind, nulls | given | settings) == read_dict(kind, needed)
+
+
+def read_dict(kind: type[Asked], fields: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = read(json.dumps(fields).encode(), kind).model_dump()
+    for message in found.get("messages", ()):
+        message["content"] = Message(**message).line()
+    return found
+
+
+def test_an_answer_of_a_client_goes_back_as_history(served: Served) -> None:
+    """With all that the client fills in: what is null, and lists of nothing."""
+    user = {"role": "user", "content": "hi"}
+    plain = {"role": "assistant", "content": "ho"}
+    names = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+    wanted = choices(served, CHAT, messages=[user, plain, user], temperature=0, max_tokens=9)
+    for more in (dict.fromkeys(names), {"tool_calls": [], "annotations": [], "refusal": ""}):
+        found = choices(served, CHAT, messages=[user, {**plain, **more}, user], temperature=0, max_tokens=9)
+        assert found == wanted
+    empty = choices(served, CHAT, messages=[user, {**plain, "content": ""}, user], temperature=0, max_tokens=9)
+    for silent in ({"role": "assistant"}, {"role": "assistant", "content": None}):
+        assert choices(served, CHAT, messages=[user, silent, user], temperature=0, max_tokens=9) == empty
+    last = events(served, CHAT, messages=[user], max_tokens=2, stream_options={"include_usage": None})[-2]
+    assert last["choices"] and "usage" not in last
 
 
 JSON = {"Content-Type": "application/json"}
