@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .output import end_code, replace_streams
+
 gc.set_threshold(100_000)  # most of a light verb's time is imports: collect less often
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # we use none, and the search reads every package
 
@@ -329,8 +331,10 @@ def serve(**options: Any) -> None:
 
 
 def main() -> None:
-    """The console script: no verb ends in a traceback over something the user typed."""
+    """The console script: no verb ends in a traceback over something the user typed, or over who reads it."""
+    out = replace_streams()
     try:
         cli(prog_name="eulerstack")
-    except BrokenPipeError:
-        sys.exit(0)
+    except SystemExit as end:
+        code = end_code(out)
+        sys.exit(end.code or code)

@@ -1,6 +1,5 @@
 """generate: text in, text out as it comes."""
 
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..inference.sampling import Token
 from ..inference.speculation import AHEAD
 from ..spec import load
 from ..tokens import Tokenizer, tokenizer_for, until
+from .output import is_dropped
 
 
 def write(
@@ -27,8 +27,6 @@ def write(
     **rules: Any,
 ) -> None:
     """One prompt streams; many are printed row by row when all are done. `rules` are Sampling's."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     if not all(stops):
         raise ValueError("--stop is empty: give the text to stop at")
     if draft is None and ahead is not None:
@@ -75,6 +73,8 @@ def _stream(prompt: str, pieces: Iterator[str]) -> None:
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
+            if is_dropped(sys.stdout):
+                return
     finally:
         sys.stdout.write("\n")
 
@@ -87,6 +87,8 @@ def _batch(prompts: list[str], texts: list[Iterator[str]]) -> None:
 def _table(steps: Iterator[list[int | None]], tokenizer: Tokenizer) -> None:
     """A line a token as they come: its row, its log probability, and those of the likeliest."""
     for step in steps:
+        if is_dropped(sys.stdout):
+            return
         for row, token in enumerate(step):
             if isinstance(token, Token):
                 best = ", ".join(f"{tokenizer.name(i)!r} {score:.3f}" for i, score in token.top.items())
