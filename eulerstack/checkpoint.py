@@ -16,6 +16,7 @@ from torch import nn
 
 from .disk import put_folder
 from .model import Stack, build
+from .paths import expand_home
 from .spec import StackSpec, dump, load, loads
 from .stored import FORMAT, HEADER, WEIGHTS, check_checkpoint
 from .tokens import Tokenizer
@@ -36,7 +37,7 @@ def save_checkpoint(
     notes: what the header is to hold as well, as JSON. weights: the model's own unless given. Raises OSError where the
     disk does not take it, and leaves the directory that was there.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -69,7 +70,7 @@ def load_checkpoint(
 
     Raises ValueError for a folder that is no checkpoint, or one whose weights do not fit its spec.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     check_checkpoint(folder)
     model = build(load(folder), device, dtype, kernels)
     load_weights(model, folder)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .disk import to_disk
+from .paths import expand_home
 
 FORMAT = 2
 PART = ".part"
@@ -355,7 +356,7 @@ class StackState:
             "rollback": self.rollback_limit,
             "sums": {name: _checksum(tensor) for name, tensor in tensors.items()},
         }
-        _write(Path(path), tensors, {"eulerstack": json.dumps(header)})
+        _write(expand_home(path), tensors, {"eulerstack": json.dumps(header)})
 
     @staticmethod
     def load(path: str | Path, model: Stateful) -> "StackState":
@@ -476,12 +477,13 @@ class Saved:
     @staticmethod
     def open(path: str | Path, model: Stateful) -> "Saved":
         """Raises ValueError for a file that is none, is damaged, or holds another model's state."""
+        path = expand_home(path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = _header(path, file.metadata(), model)
                 tensors = {name: file.get_tensor(name) for name in header["sums"]}
             damaged = [name for name, tensor in tensors.items() if _checksum(tensor) != header["sums"][name]]
-            saved = Saved(Path(path), header["batch"], header["max_tokens"], header["rollback"], tensors)
+            saved = Saved(path, header["batch"], header["max_tokens"], header["rollback"], tensors)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a saved state: {error}") from error
         if damaged:

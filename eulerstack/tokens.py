@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .detokenizer import LOST, ByteDetokenizer, Detokenizer, StagedDetokenizer, gone_on
+from .paths import expand_home
 from .spec import ByteTokenizer, HFTokenizer, StackSpec
 
 
@@ -87,7 +88,7 @@ class HuggingFace:
     beside it, and the same each time.
     """
 
-    def __init__(self, contract: HFTokenizer, folder: Path | None = None) -> None:
+    def __init__(self, contract: HFTokenizer, folder: str | Path | None = None) -> None:
         self.file = _tokenizer_file(contract.pretrained, folder)
         self.contract = contract
         self.backend = _read(self.file)
@@ -198,12 +199,12 @@ def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*tokenizer.encode(text), *tokenizer.stops]
 
 
-def tokenizer_of(contract: ByteTokenizer | HFTokenizer, folder: Path | None = None) -> Tokenizer:
+def tokenizer_of(contract: ByteTokenizer | HFTokenizer, folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a stack; a checkpoint's own tokenizer.json in `folder` comes first. Raises ValueError."""
     return Bytes() if isinstance(contract, ByteTokenizer) else HuggingFace(contract, folder)
 
 
-def tokenizer_for(spec: StackSpec, folder: Path) -> Tokenizer:
+def tokenizer_for(spec: StackSpec, folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint's stack. Raises ValueError where its ids are more than the stack's rows."""
     tokenizer = tokenizer_of(spec.tokenizer_contract, folder)
     check_fits(tokenizer, spec.model.vocab_size)
@@ -219,11 +220,11 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _tokenizer_file(pretrained: str, folder: Path | None) -> Path:
-    given = Path(pretrained)
+def _tokenizer_file(pretrained: str, folder: str | Path | None) -> Path:
+    given = expand_home(pretrained)
     places = [given, given / "tokenizer.json"]
     if folder is not None:
-        places.insert(0, folder / "tokenizer.json")
+        places.insert(0, expand_home(folder) / "tokenizer.json")
     for place in places:
         if place.is_file():
             return place

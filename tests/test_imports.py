@@ -6,12 +6,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "eulerstack"
 
 MAY_IMPORT = {
-    "spec": set(),
+    "spec": {"paths"},
     "segments": set(),
     "disk": set(),
-    "state": {"disk"},
+    "paths": set(),
+    "state": {"disk", "paths"},
     "detokenizer": set(),
-    "tokens": {"detokenizer", "spec"},
+    "tokens": {"detokenizer", "paths", "spec"},
     "kernels": {"segments"},
     "layers": {"kernels", "segments", "spec"},
     "mixers": {"kernels", "layers", "segments", "spec", "state"},
@@ -26,9 +27,9 @@ MAY_IMPORT = {
     "memory": {"block", "groups", "model", "segments", "spec"},
     "devices": set(),
     "stored": set(),
-    "checkpoint": {"disk", "model", "spec", "stored", "tokens"},
-    "inference": {"detokenizer", "kernels", "mixers", "model", "segments", "state", "tokens"},
-    "data": {"disk", "segments", "tokens"},
+    "checkpoint": {"disk", "model", "paths", "spec", "stored", "tokens"},
+    "inference": {"detokenizer", "kernels", "mixers", "model", "paths", "segments", "state", "tokens"},
+    "data": {"disk", "paths", "segments", "tokens"},
     "training": {
         "block",
         "checkpoint",
@@ -39,12 +40,25 @@ MAY_IMPORT = {
         "layers",
         "mixers",
         "model",
+        "paths",
         "segments",
         "spec",
         "state",
     }
     | {"mup", "stored", "tokens"},
-    "cli": {"checkpoint", "costs", "devices", "inference", "kernels", "memory", "spec", "stored", "tokens", "training"},
+    "cli": {
+        "checkpoint",
+        "costs",
+        "devices",
+        "inference",
+        "kernels",
+        "memory",
+        "paths",
+        "spec",
+        "stored",
+        "tokens",
+        "training",
+    },
 }
 FOREIGN = {"lightning": {"training"}, "click": {"cli"}, "rich": {"cli"}, "tokenizers": {"detokenizer", "tokens"}}
 FOREIGN |= {
@@ -54,7 +68,7 @@ FOREIGN |= {
     "uvicorn": {"inference"},
 }
 FOREIGN |= {name: {"kernels"} for name in ("numba", "triton", "fla", "mamba_ssm", "causal_conv1d", "flash_attn")}
-TORCH_FREE = {"spec", "stored"}
+TORCH_FREE = {"paths", "spec", "stored"}
 
 
 def room(file: Path) -> str:

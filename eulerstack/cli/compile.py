@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..paths import expand_home
 from ..spec import AttentionSpec, BranchedSpec, LayerSpec, Mamba1Spec, StackSpec, ahead, dump, expand, load
 from ..spec.base import Block
 
@@ -19,8 +20,9 @@ def compile_(file: str, settings: tuple[str, ...], output: str | None) -> None:
     if output is None:
         print(text, end="")
     else:
-        Path(output).write_text(text, encoding="utf-8")
-        print(f"wrote {output}")
+        place = expand_home(output)
+        place.write_text(text, encoding="utf-8")
+        print(f"wrote {place}")
 
 
 def compiled(spec: StackSpec, source: str, settings: tuple[str, ...]) -> dict[str, Any]:

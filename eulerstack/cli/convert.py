@@ -6,13 +6,14 @@ from typing import Any
 import torch
 
 from ..checkpoint import META, load_checkpoint, save_checkpoint, stack_of_run, with_dtype
+from ..paths import expand_home
 from ..stored import check_checkpoint
 from ..tokens import tokenizer_of
 
 
 def convert(source: str, target: str, dtype: str | None) -> None:
     """Write TARGET whole, with the tokenizer. Raises ValueError for a source that holds no stack."""
-    place, wanted = Path(source), None if dtype is None else getattr(torch, dtype)
+    place, wanted = expand_home(source), None if dtype is None else getattr(torch, dtype)
     if not place.exists():
         raise ValueError(f"there is no {source}: give a run's resume/last.ckpt, or a checkpoint directory")
     ours = place.is_dir() and not (place / META).is_file()

@@ -1,7 +1,6 @@
 """explain: a stack as a tree in the terminal, or as a picture."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,6 +8,7 @@ from rich.tree import Tree
 
 from ..costs import Estimate, LayerCost
 from ..costs import estimate as count
+from ..paths import expand_home
 from ..spec import StackSpec, load
 from .picture import drawn_as, page_for, svg, uses
 from .words import (
@@ -32,9 +32,10 @@ def explain(file: str, settings: tuple[str, ...], picture: str | None) -> None:
     if picture is None:
         Console().print(_tree(spec, count(spec)))
         return
-    page = page_for(Path(picture))
-    Path(picture).write_text(page(svg(spec, count(spec))), encoding="utf-8")
-    print(f"wrote {picture}")
+    place = expand_home(picture)
+    page = page_for(place)
+    place.write_text(page(svg(spec, count(spec))), encoding="utf-8")
+    print(f"wrote {place}")
 
 
 def _tree(spec: StackSpec, cost: Estimate) -> Tree:

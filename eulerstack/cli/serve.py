@@ -2,7 +2,6 @@
 
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -41,7 +40,7 @@ def serve(
     from .write import usable
 
     model = load_checkpoint(checkpoint, usable(device))
-    tokenizer = tokenizer_for(load(checkpoint), Path(checkpoint))
+    tokenizer = tokenizer_for(load(checkpoint), checkpoint)
     model.check_keeps_state()
     parked = None if sessions is None else Sessions(sessions, model)
     service = Service(Engine(model, slots, max_tokens, room, prefix_bytes=kept, sessions=parked), queue)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..paths import expand_home
 from ..spec import HFTokenizer, LayerSpec, StackSpec, expand, load
 from ..stored import Stored, check_checkpoint, stored_tensors
 from .words import in_bytes, mixer_name, pattern
@@ -19,7 +20,7 @@ BUFFERS = ".correction.bias"
 
 def inspect(folder: str, as_json: bool) -> None:
     """Print it as a table, or as JSON. Raises ValueError for a folder that is no checkpoint, or a damaged one."""
-    found = figures(Path(folder))
+    found = figures(expand_home(folder))
     print(json.dumps(found, indent=2)) if as_json else Console().print(_table(found))
 
 

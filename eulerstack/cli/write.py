@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def write(
     model = load_checkpoint(checkpoint, place)
     if draft is not None:
         rules |= {"draft": load_checkpoint(draft, place), "ahead": ahead or AHEAD}
-    tokenizer = tokenizer_for(load(checkpoint), Path(checkpoint))
+    tokenizer = tokenizer_for(load(checkpoint), checkpoint)
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     steps = _sentenced(generate(model, rows, max_new_tokens, stop=tokenizer.stops, **rules))
     if rules["logprobs"] is not None:

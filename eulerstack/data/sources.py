@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from ..paths import expand_home
 from .corpus import list_files, standard_library
 from .documents import TextFile
 from .names import name_bytes, shown
@@ -78,7 +79,7 @@ def _some(names: list[str]) -> str:
 def sources_of(given: list[dict[str, Any]] | None, path: str | None, pattern: str, text_key: str) -> tuple[Source, ...]:
     """The one source of path and pattern, or those given. Raises ValueError for what makes no mixture."""
     if given is None:
-        return (Source(path, pattern, text_key, Fraction(1)),)
+        return (Source(_place(path), pattern, text_key, Fraction(1)),)
     if path is not None or pattern != "*":
         key = "path" if path is not None else "pattern"
         raise ValueError(f"data.{key} and data.sources are both given: write the {key} into the sources")
@@ -88,9 +89,14 @@ def sources_of(given: list[dict[str, Any]] | None, path: str | None, pattern: st
         _check(f"data.sources.{number}", one)
     weights = [Fraction(str(one["weight"])) for one in given]
     return tuple(
-        Source(one["path"], one.get("pattern", "*"), one.get("text_key", text_key), weight / sum(weights))
+        Source(_place(one["path"]), one.get("pattern", "*"), one.get("text_key", text_key), weight / sum(weights))
         for one, weight in zip(given, weights, strict=True)
     )
+
+
+def _place(path: str | Path | None) -> str | None:
+    """Where the text is, an address such as s3://... as it is given."""
+    return None if path is None else str(path) if "://" in str(path) else str(expand_home(path))
 
 
 def _check(place: str, one: Any) -> None:

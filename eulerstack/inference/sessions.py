@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..model import Stack
+from ..paths import expand_home
 from ..state import PART, Saved, StackState
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -21,7 +22,7 @@ class Sessions:
     """
 
     def __init__(self, folder: str | Path, model: Stack) -> None:
-        self.folder, self.model = Path(folder), _Unchanging(model)
+        self.folder, self.model = expand_home(folder), _Unchanging(model)
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(f".*{PART}"):  # half written when a process was killed; files by earlier versions
             part.unlink() if part.is_file() else shutil.rmtree(part)

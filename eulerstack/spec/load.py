@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..paths import expand_home
 from . import refused
 from .change import change
 from .check import idle_hints, turns, unused_templates
@@ -33,10 +34,10 @@ def load(source: str | FilePath, settings: Iterable[str] = ()) -> StackSpec:
     settings: KEY=VALUE each, `model.d_model=512` or `layer_schedule.0.repeat=2`, put in before anything is checked.
     Raises SpecError that lists every problem with its line.
     """
-    text, name = _read(FilePath(source))
+    text, name = _read(source)
     document = parse(text, name)
     change(document, settings, siblings)
-    document.extensions = _recorded(FilePath(source))
+    document.extensions = _recorded(expand_home(source))
     return _validated(document, name)
 
 
@@ -153,7 +154,7 @@ def _is_reserved(key: str, value: Any) -> bool:
 
 def placed(source: str | FilePath, problems: list[Problem]) -> list[Problem]:
     """The problems with the lines and columns of their keys in the file."""
-    document = parse(*_read(FilePath(source)))
+    document = parse(*_read(source))
     at = [document.place(_as_path(problem.key, document)) for problem in problems]
     return [replace(p, line=line, column=column) for p, (line, column) in zip(problems, at, strict=True)]
 
@@ -162,7 +163,7 @@ def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
     """The spec as YAML that loads equal, every default written out; also into a file if `path` is given."""
     text = yaml.dump(_data(spec), Dumper=_Dumper, sort_keys=False)
     if path is not None:
-        FilePath(path).write_text(text, encoding="utf-8")
+        expand_home(path).write_text(text, encoding="utf-8")
     return text
 
 
@@ -180,7 +181,7 @@ def _data(spec: StackSpec) -> dict[str, Any]:
 
 def hint_places(source: str | FilePath) -> dict[str, str]:
     """Where a stack file writes its training_hints: FILE:LINE by key, those of `muon` as muon.KEY."""
-    text, file = _read(FilePath(source))
+    text, file = _read(source)
     places = parse(text, file).places.items()
     return {dotted(path[1:]): f"{file}:{line}" for path, (line, _) in places if path[:1] == ("training_hints",)}
 
@@ -190,7 +191,8 @@ def presets() -> dict[str, FilePath]:
     return {file.stem: file for folder in PRESET_DIRS for file in sorted(folder.glob("*.yml"))}
 
 
-def _read(path: FilePath) -> tuple[str, str]:
+def _read(source: str | FilePath) -> tuple[str, str]:
+    path = expand_home(source)
     try:
         if (path / "spec.yml").is_file():
             path = path / "spec.yml"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..disk import recover
+from ..paths import expand_home
 from ..spec import hint_places, load
 from .background import InBackground
 from .callbacks import Export
@@ -65,7 +67,10 @@ class StackCLI(LightningCLI):
         """Lightning reads the module's hyperparameters from the file here; a StackModule saves none."""
 
     def before_instantiate_classes(self) -> None:
-        """Seed by --seed_everything, or by the spec's hint."""
+        """Give `~` its meaning in every path; seed by --seed_everything, or by the spec's hint."""
+        for key in ("trainer", "ckpt_path"):  # Lightning's own: its loggers and profilers make a folder called `~`
+            part = self.config[self.subcommand]
+            part[key] = _expand_homes(part.get(key))
         given = self._get(self.config, "seed_everything")
         if given is False:
             model = self._get(self.config, "model")
@@ -83,7 +88,7 @@ class StackCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
-        root = Path(config["default_root_dir"] or f"runs/{self.model.spec.model.name}")
+        root = expand_home(config["default_root_dir"] or f"runs/{self.model.spec.model.name}")
         kwargs["default_root_dir"] = str(root)
         if config["max_epochs"] is None and config["max_steps"] == -1:
             kwargs["max_epochs"] = 1
@@ -132,6 +137,17 @@ class StackCLI(LightningCLI):
         if every < 1:
             raise ValueError(f"--resume_every {every} must be 1 or more")
         return ModelCheckpoint(last.parent, last.stem, every_n_train_steps=every, enable_version_counter=False)
+
+
+def _expand_homes(value: Any) -> Any:
+    """A part of a config, every text in it that begins with `~` being a path."""
+    if isinstance(value, str):
+        return str(expand_home(value)) if value.startswith("~") else value
+    if isinstance(value, list):
+        return [_expand_homes(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _expand_homes(item) for key, item in value.items()}
+    return Namespace(**_expand_homes(vars(value))) if isinstance(value, Namespace) else value
 
 
 def _with_checkpoints(plugins: Any, disk: WholeFiles) -> list[Any]:

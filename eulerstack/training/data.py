@@ -19,6 +19,7 @@ from ..data.order import InOrder, InStreams, Mixed, Order, Repeated, Shuffled
 from ..data.rows import PACKINGS, RowSet, Streamed, Together, Windows
 from ..data.sources import Source, digest_of_files, sources_of, to_test
 from ..data.streaming import Stream, is_stream, open_streams, write_streams
+from ..paths import expand_home
 from ..spec import ByteTokenizer, HFTokenizer, StackSpec, load
 from ..stored import check_checkpoint
 from ..tokens import Tokenizer, check_fits, tokenizer_of
@@ -108,7 +109,7 @@ class TextData(L.LightningDataModule):
         self.seq_len, self.batch_size = seq_len, batch_size
         self.held_out, self._asked = HELD_OUT if held_out is None else held_out, held_out is not None
         self.seed, self.workers, self.tokenize_workers = seed, workers, tokenize_workers
-        self.cache = Path(cache_dir) if cache_dir else _user_cache()
+        self.cache = expand_home(cache_dir) if cache_dir else _user_cache()
         self.shards: list[dict[str, Shard] | dict[str, Stream]] = []  # of each source; to test, `held_out` alone
         self.trained_on: dict[str, float] = {}
         """What weights were trained on by this object: the hash of a text's files, and the share that was held out."""
@@ -223,14 +224,15 @@ class TextData(L.LightningDataModule):
         for several sources.
         """
         stack = load(spec) if isinstance(spec, str | Path) else spec
-        self._read_by(stack, Path(spec) if isinstance(spec, str | Path) and Path(spec).is_dir() else None)
+        place = expand_home(spec) if isinstance(spec, str | Path) else None
+        self._read_by(stack, place if place is not None and place.is_dir() else None)
         (mine,) = self.shards if len(self.shards) == 1 else [{}]
         of_text = {split: shard for split, shard in mine.items() if isinstance(shard, Shard)}
         if not of_text:
             raise ValueError("a stream is written of one text: write one for each source, and mix those")
         assert self.text_tokenizer is not None
         rows = {split: self._row_set(shard) for split, shard in of_text.items()}
-        write_streams(Path(folder), rows, of_text, self.text_tokenizer, **self._settled)
+        write_streams(expand_home(folder), rows, of_text, self.text_tokenizer, **self._settled)
 
     @property
     def yardsticks(self) -> dict[str, float]:
@@ -365,4 +367,4 @@ def _check_length(seq_len: int, model: Any) -> None:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eulerstack"
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "eulerstack"

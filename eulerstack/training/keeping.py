@@ -11,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from ..checkpoint import read_run, save_checkpoint
 from ..disk import write_whole
+from ..paths import expand_home
 from ..stored import check_checkpoint
 from .data import TRAINED_ON
 from .module import StackModule
@@ -31,7 +32,7 @@ class WholeFiles(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError("checkpoints are files of this machine: storage_options are not taken")
         try:
-            write_whole(Path(path), lambda data: torch.save(checkpoint, data))
+            write_whole(expand_home(path), lambda data: torch.save(checkpoint, data))
         except RuntimeError as error:  # torch's, in closing what could not be written
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
@@ -39,7 +40,7 @@ class WholeFiles(TorchCheckpointIO):
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Raises ValueError for a file that is damaged."""
-        return read_run(Path(path), map_location, weights_only is not False)
+        return read_run(expand_home(path), map_location, weights_only is not False)
 
 
 class KeepBest(L.Callback):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..checkpoint import load_weights, reading
 from ..layers.share import WHOLE, Share
 from ..model import Stack, build, outline
+from ..paths import expand_home
 from ..segments import IGNORED
 from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, with_hints
 from ..stored import check_checkpoint
@@ -297,7 +298,8 @@ def _spec_and_weights(spec: str | Path | StackSpec, settings: list[str]) -> tupl
         if settings:
             raise ValueError("settings change a file's values; change the StackSpec itself, or give its file")
         return spec, None
-    if Path(spec).is_dir():
-        check_checkpoint(Path(spec))
-        return load(spec, settings), Path(spec)
+    place = expand_home(spec)
+    if place.is_dir():
+        check_checkpoint(place)
+        return load(place, settings), place
     return load(spec, settings), None

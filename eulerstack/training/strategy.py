@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoint import META, first_line, read_run
 from ..disk import put_folder
+from ..paths import expand_home
 from .background import Writer
 from .module import StackModule
 
@@ -61,7 +62,7 @@ class FSDP2(ModelParallelStrategy):
         if storage_options is not None:
             raise TypeError("checkpoints are folders of this machine: storage_options are not taken")
         self.written()
-        path = Path(self.broadcast(filepath))
+        path = expand_home(self.broadcast(filepath))
         work = path.with_name(f".{path.name}.new")
         parts = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         parts["state_dict"] = checkpoint.pop("state_dict")
@@ -106,7 +107,7 @@ class FSDP2(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Raises ValueError for what is no such checkpoint, one of another stack, or one that is damaged."""
-        path = Path(self.broadcast(checkpoint_path))
+        path = expand_home(self.broadcast(checkpoint_path))
         if not (path / META).is_file():
             raise ValueError(
                 f"{path} is no checkpoint of a run with strategy fsdp2, which are directories; resume with the "
