@@ -2,12 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from .block import Block
 from .model import Stack, build
-from .spec import LayerSpec, StackSpec
+from .spec import LayerSpec, StackSpec, spec_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,12 @@ class Estimate:
         return {**kinds, "total": sum(kinds.values())}
 
 
-def estimate(spec: StackSpec) -> Estimate:
-    """Count a stack without its memory. A template that keeps no state counts no state bytes."""
-    stack = build(spec, device="meta")
+def estimate(spec: StackSpec | str | Path) -> Estimate:
+    """Count a stack without its memory: a spec's, or that of what `load` reads under a name.
+
+    A template that keeps no state counts no state bytes.
+    """
+    stack = build(spec_of(spec), device="meta")
     count = sum(p.numel() for p in stack.parameters())
     idle = sum(block.idle_parameters for block in set(stack.blocks)) + _count(stack.ahead)
     layers = tuple(_layer_cost(stack, index) for index in range(len(stack.blocks)))

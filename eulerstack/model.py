@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,8 +24,9 @@ from .layers.norm import make_norm
 from .layers.serve import serve
 from .multitoken import Ahead, later, later_targets
 from .mup import STANDARD, mup
+from .paths import expand_home
 from .segments import Segments
-from .spec import MoEFFNSpec, StackSpec, ahead, dump, expand
+from .spec import MoEFFNSpec, StackSpec, ahead, dump, expand, spec_of
 from .state import LayerState, StackState
 
 EMBEDDING_STD = 0.02
@@ -402,21 +404,32 @@ class _Undrawn(TorchFunctionMode):
 
 
 def build(
-    spec: StackSpec,
+    spec: StackSpec | str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     kernels: str = "auto",
 ) -> Stack:
-    """The stack of a spec, with freshly drawn weights (none on the meta device).
+    """The stack of a spec, or of the file or preset of a name, with freshly drawn weights (none on the meta device).
 
     dtype: model.dtype by default; decays, dt biases and recurrent states stay at least float32 whatever it is.
     kernels: a provider's name for all operations, or `auto`. Raises ValueError for a provider that cannot serve,
-    and for optimizer_groups that match no parameter.
+    for optimizer_groups that match no parameter, and for a checkpoint, whose weights would be lost.
     """
-    stack = outline(spec, device, dtype, kernels)
+    stack = outline(_undrawn_spec(spec), device, dtype, kernels)
     if torch.device(device).type != "meta":
         stack.to_empty(device=device).reset_parameters()
     return stack
+
+
+def _undrawn_spec(given: StackSpec | str | Path) -> StackSpec:
+    spec = spec_of(given)
+    if not isinstance(given, StackSpec) and (expand_home(given) / "spec.yml").is_file():
+        place = str(given)
+        raise ValueError(
+            f"{place} is a checkpoint, and build draws fresh weights: write load_checkpoint({place!r}) for the trained "
+            f"ones, or build(load({place!r}))"
+        )
+    return spec
 
 
 def outline(

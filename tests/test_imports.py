@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "block": {"kernels", "layers", "mixers", "segments", "spec", "state"},
     "multitoken": {"block", "kernels", "layers", "segments", "spec"},
     "mup": {"layers", "spec"},
-    "model": {"multitoken", "mup", "block", "groups", "kernels", "layers", "segments", "spec", "state"},
+    "model": {"multitoken", "mup", "block", "groups", "kernels", "layers", "paths", "segments", "spec", "state"},
     "builder": {"model", "spec"},
     "testing": {"builder", "kernels", "mixers", "segments", "spec", "state"},
     "costs": {"block", "model", "spec"},

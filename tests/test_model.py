@@ -1,6 +1,7 @@
 """The stack: its forms, its limits, its builder, and what it costs."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,6 +187,27 @@ def test_estimate_is_exact(name: str) -> None:
         told = cost.state_bytes(batch, tokens)
         assert told.pop("total") == state.nbytes() == sum(t.nbytes for s in state.layers for t in s.tensors().values())
         assert told == state.bytes_by_kind()
+
+
+def test_a_file_a_preset_or_a_checkpoint_is_given_by_its_name(tmp_path: Path) -> None:
+    spec, file = es.StackBuilder(16, 2).add("attention").spec(), tmp_path / "stack.yml"
+    es.dump(spec, file)
+    for name in (file, str(file)):
+        assert es.build(name).spec == es.StackModule(name).spec == es.estimate(name).stack.spec == spec
+        assert es.dump(name) == es.dump(spec) and es.expand(name) == es.expand(spec)
+    assert es.build("arch_expert_research_mini", "meta").spec == es.load("arch_expert_research_mini")
+    es.save_checkpoint(es.build(spec), tmp_path / "made")
+    assert es.estimate(tmp_path / "made").parameters == es.estimate(spec).parameters
+    assert es.dump(tmp_path / "made") == es.dump(spec)
+    with pytest.raises(
+        ValueError, match=r"made is a checkpoint, and build draws fresh weights: write load_checkpoint\("
+    ):
+        es.build(tmp_path / "made")
+    for reads in (es.build, es.estimate, es.dump, es.expand, es.StackModule):
+        with pytest.raises(es.SpecError, match="there is no such file"):
+            reads("stack.yml")
+        with pytest.raises(ValueError, match="spec is a dict: give a StackSpec, a YAML file"):
+            reads({"model": {}})  # type: ignore[arg-type]
 
 
 def test_a_stack_that_keeps_no_state_costs_none() -> None:

@@ -11,7 +11,7 @@ class Outlet(io.FileIO):
 
     refusal: OSError | None = None
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         """Raises nothing: a training goes on when nobody reads what it prints."""
         if self.refusal is None:
             try:

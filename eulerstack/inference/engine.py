@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model import Stack
 from ..state import Saved, StackState
-from .generate import check_prompts
+from .generate import check_prompts, stop_ids, token_rows
 from .prefix import PrefixStore
 from .sampling import Sampler, Sampling, Token, told
 from .sessions import Sessions
@@ -116,10 +116,13 @@ class Engine:
         `session`: the id of a conversation. The prompt goes on from what is parked under it, and what the request ends
         with is parked there, unless it is cancelled.
         """
-        check_prompts(self.model, [list(prompt)], max_new_tokens)
-        request = Request(list(prompt), max_new_tokens, Sampling(**rules), frozenset(stop), echo, session=session)
+        rows = token_rows(prompt)
+        if len(rows) > 1:
+            raise ValueError(f"{len(rows)} prompts are given: submit each of them")
+        check_prompts(self.model, rows, max_new_tokens)
+        request = Request(rows[0], max_new_tokens, Sampling(**rules), stop_ids(stop), echo, session=session)
         before, request.parked = self._before(session)
-        request.text = [*before, *prompt]
+        request.text = [*before, *rows[0]]
         if self.state.bounded and len(request.text) + max_new_tokens > self.state.max_tokens:
             raise ValueError(
                 f"{len(request.text)} tokens of prompt and max_new_tokens = {max_new_tokens} are more than the "

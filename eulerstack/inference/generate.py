@@ -1,6 +1,6 @@
 """Token ids in, token ids out as they come: prefill by `chunkwise`, then one `recurrent` step a token."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -40,10 +40,11 @@ def generate(
 
     The rules are Sampling's; row i is drawn with seed + i. With `logprobs` ids are Tokens, which know how likely they
     were. A `draft`, a smaller stack of the same vocabulary, guesses `ahead` tokens that the model then reads at once:
-    what comes is drawn from the same distribution, and greedy the same. Raises ValueError, before the first token, for
+    what comes is drawn from the same distribution, and greedy the same. A text is encoded first, by
+    `tokenizer_of(model.spec.tokenizer_contract).encode(text)`. Raises ValueError, before the first token, for
     what cannot be sampled or does not fit.
     """
-    rows = _rows(prompts)
+    rows, stops = token_rows(prompts), stop_ids(stop)
     rules = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, logprobs)
     check_prompts(model, rows, max_new_tokens)
     if draft is not None:
@@ -52,8 +53,8 @@ def generate(
     for i, row in enumerate(rows):
         sampler.put(i, rules if seed is None else replace(rules, seed=seed + i), row)
     if draft is not None:
-        return _speculated(model, draft, rows, max_new_tokens, sampler, frozenset(stop), ahead)
-    return _steps(model, rows, max_new_tokens, sampler, frozenset(stop))
+        return _speculated(model, draft, rows, max_new_tokens, sampler, stops, ahead)
+    return _steps(model, rows, max_new_tokens, sampler, stops)
 
 
 def _steps(
@@ -126,11 +127,51 @@ def prefill(model: Stack, rows: list[list[int]], room: int = 0, *, rollback: int
     return last, state
 
 
-def _rows(prompts: Sequence[Sequence[int]] | Sequence[int] | Tensor) -> list[list[int]]:
-    data: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
-    if data and all(isinstance(item, Integral) for item in data):
-        data = [data]
-    return [[int(token) for token in row] for row in data]
+def token_rows(prompts: Any) -> list[list[int]]:
+    """Prompts as lists of ids; one alone becomes a list of one. Raises ValueError for what holds anything else."""
+    rows = _values(prompts)
+    if rows and all(map(_is_id, rows)):
+        rows = [rows]
+    found = [_values(row) for row in rows]
+    others = [value for row in found for value in row if not _is_id(value)]
+    if others:
+        raise _no_id(others[0])
+    return [[int(token) for token in row] for row in found]
+
+
+def _values(given: Any) -> list[Any]:
+    """What a list, an array or a tensor holds, as Python has it."""
+    plain = _plain(given)
+    if isinstance(plain, str | Mapping | Set) or not isinstance(plain, Iterable):
+        raise _no_id(plain)
+    return [_plain(value) for value in plain]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _no_id(value: Any) -> ValueError:
+    if isinstance(value, str):
+        encoder = "eulerstack.tokenizer_of(model.spec.tokenizer_contract)"
+        return ValueError(f"a prompt is token ids, and {value!r:.60} is text: give {encoder}.encode({value!r:.60})")
+    return ValueError(
+        f"a prompt is token ids, and {value!r:.60} is a {type(value).__name__}: give whole numbers, as in [1, 2] or "
+        "[[1, 2], [3]], or a tensor [T] or [B, T] of them"
+    )
+
+
+def stop_ids(stop: Any) -> frozenset[int]:
+    """Raises ValueError for what is no collection of ids."""
+    plain = _plain(stop)
+    ids = [plain] if isinstance(plain, str) or not isinstance(plain, Iterable) else [_plain(value) for value in plain]
+    if not all(map(_is_id, ids)):
+        raise ValueError(f"stop = {stop!r:.60} must be token ids, as in [10]; a tokenizer's `stops` end a text")
+    return frozenset(map(int, ids))
 
 
 def check_prompts(model: Stack, rows: list[list[int]], count: int) -> None:
@@ -142,6 +183,6 @@ def check_prompts(model: Stack, rows: list[list[int]], count: int) -> None:
     for row in rows:
         if not 0 <= min(row) <= max(row) < vocab:
             raise ValueError(f"a prompt holds ids from {min(row)} to {max(row)}; the model knows 0 to {vocab - 1}")
-    if count < 1:
-        raise ValueError(f"max_new_tokens = {count} must be 1 or more")
+    if not _is_id(count) or count < 1:
+        raise ValueError(f"max_new_tokens = {count!r:.60} must be a whole number, 1 or more")
     model.check_length(max(map(len, rows)) + count)

@@ -8,7 +8,7 @@ from .extensions import ExtensionSpec, register
 from .ffn import FFNSpec, GatedMLPSpec, MLPSpec, MoEFFNSpec, NoFFN
 from .json_schema import schema
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
-from .load import dump, from_data, hint_places, load, loads, presets, with_hints
+from .load import dump, from_data, hint_places, load, loads, presets, spec_of, with_hints
 from .mixers import (
     AttentionSpec,
     BranchedSpec,
@@ -84,5 +84,6 @@ __all__ = [
     "presets",
     "register",
     "schema",
+    "spec_of",
     "with_hints",
 ]

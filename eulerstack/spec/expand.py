@@ -1,10 +1,12 @@
 """From templates and a schedule to a flat tuple of layers: the only place that knows either."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .ffn import FFNSpec, NoFFN
 from .layer import KeepSpec, LayerTemplate, NormSpec, ResidualSpec
+from .load import spec_of
 from .mixers import AttentionMixer, MixerSpec
 from .schedule import OverrideSpec, Placed, unrolled
 from .stack import StackSpec
@@ -32,8 +34,9 @@ class LayerSpec:
     state: KeepSpec
 
 
-def expand(spec: StackSpec) -> tuple[LayerSpec, ...]:
-    """The schedule's layers, first to last."""
+def expand(spec: StackSpec | str | Path) -> tuple[LayerSpec, ...]:
+    """The layers of the schedule, first to last; of a spec, or of what `load` reads under its name."""
+    spec = spec_of(spec)
     places = _places(spec)
     first: dict[str, int] = {}
     for index, place in enumerate(places):

@@ -41,6 +41,17 @@ def load(source: str | FilePath, settings: Iterable[str] = ()) -> StackSpec:
     return _validated(document, name)
 
 
+def spec_of(given: StackSpec | str | FilePath) -> StackSpec:
+    """The spec itself, or what `load` reads under a name. Raises ValueError for anything else."""
+    if isinstance(given, StackSpec):
+        return given
+    if isinstance(given, str | FilePath):
+        return load(given)
+    raise ValueError(
+        f"spec is a {type(given).__name__}: give a StackSpec, a YAML file, a preset's name or a checkpoint directory"
+    )
+
+
 def loads(text: str, source: str = "spec", settings: Iterable[str] = ()) -> StackSpec:
     """The spec of a YAML text; `source` is what the messages call it, `settings` as in `load`."""
     document = parse(text, source)
@@ -159,9 +170,12 @@ def placed(source: str | FilePath, problems: list[Problem]) -> list[Problem]:
     return [replace(p, line=line, column=column) for p, (line, column) in zip(problems, at, strict=True)]
 
 
-def dump(spec: StackSpec, path: str | FilePath | None = None) -> str:
-    """The spec as YAML that loads equal, every default written out; also into a file if `path` is given."""
-    text = yaml.dump(_data(spec), Dumper=_Dumper, sort_keys=False)
+def dump(spec: StackSpec | str | FilePath, path: str | FilePath | None = None) -> str:
+    """The spec, or what `load` reads under its name, as YAML that loads equal, every default written out.
+
+    Also into a file if `path` is given.
+    """
+    text = yaml.dump(_data(spec_of(spec)), Dumper=_Dumper, sort_keys=False)
     if path is not None:
         expand_home(path).write_text(text, encoding="utf-8")
     return text

@@ -20,7 +20,7 @@ from ..data.rows import PACKINGS, RowSet, Streamed, Together, Windows
 from ..data.sources import Source, digest_of_files, sources_of, to_test
 from ..data.streaming import Stream, is_stream, open_streams, write_streams
 from ..paths import expand_home
-from ..spec import ByteTokenizer, HFTokenizer, StackSpec, load
+from ..spec import ByteTokenizer, HFTokenizer, StackSpec, spec_of
 from ..stored import check_checkpoint
 from ..tokens import Tokenizer, check_fits, tokenizer_of
 from .carry import check_carries
@@ -223,7 +223,7 @@ class TextData(L.LightningDataModule):
         spec: a stack that is to read them, for its tokenizer. Raises ValueError where the folder is there already, and
         for several sources.
         """
-        stack = load(spec) if isinstance(spec, str | Path) else spec
+        stack = None if spec is None else spec_of(spec)
         place = expand_home(spec) if isinstance(spec, str | Path) else None
         self._read_by(stack, place if place is not None and place.is_dir() else None)
         (mine,) = self.shards if len(self.shards) == 1 else [{}]

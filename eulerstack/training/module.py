@@ -20,7 +20,7 @@ from ..layers.share import WHOLE, Share
 from ..model import Stack, build, outline
 from ..paths import expand_home
 from ..segments import IGNORED
-from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, with_hints
+from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, spec_of, with_hints
 from ..stored import check_checkpoint
 from .carry import Carry
 from .compiling import compile_blocks
@@ -298,6 +298,8 @@ def _spec_and_weights(spec: str | Path | StackSpec, settings: list[str]) -> tupl
         if settings:
             raise ValueError("settings change a file's values; change the StackSpec itself, or give its file")
         return spec, None
+    if not isinstance(spec, str | Path):
+        return spec_of(spec), None
     place = expand_home(spec)
     if place.is_dir():
         check_checkpoint(place)

@@ -1,12 +1,15 @@
 """Generation through the state equals generation by recomputing everything."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import eulerstack as es
 from eulerstack.inference import generate as module
+from eulerstack.inference.engine import Engine
 from eulerstack.inference.sampling import Sampler, Sampling, Token
 from eulerstack.spec import HFTokenizer
 from eulerstack.tokens import Bytes, until
@@ -141,6 +144,22 @@ def test_stopped_rows_yield_none(build_mini: Build) -> None:
         ({"prompts": [[1], []]}, "empty"),
         ({"prompts": [[256]]}, "ids from 256"),
         ({"prompts": [[-1]]}, "ids from -1"),
+        ({"prompts": "def "}, r"'def ' is text: give .*tokenizer_of\(model.spec.tokenizer_contract\).encode\('def '\)"),
+        ({"prompts": ["def "]}, "'def ' is text: give"),
+        ({"prompts": [["d", "e"]]}, "'d' is text: give"),
+        ({"prompts": [1.0, 2.0]}, "1.0 is a float: give whole numbers"),
+        ({"prompts": [[1, 2.5]]}, "2.5 is a float: give whole numbers"),
+        ({"prompts": np.array([[1.5]])}, "1.5 is a float"),
+        ({"prompts": torch.tensor([1.0])}, "1.0 is a float"),
+        ({"prompts": torch.tensor([[True]])}, "True is a bool"),
+        ({"prompts": np.ones((1, 1, 1), dtype=int)}, r"\[1\] is a list"),
+        ({"prompts": [[1], 2]}, "2 is a int"),
+        ({"prompts": 7}, "7 is a int"),
+        ({"prompts": None}, "None is a NoneType"),
+        ({"prompts": {"input_ids": [[1]]}}, "is a dict"),
+        ({"stop": "a"}, "stop = 'a' must be token ids"),
+        ({"stop": ["a"]}, "must be token ids"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens = 2.0 must be a whole number"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0"),
         ({"max_new_tokens": 256}, "max_seq_len = 256"),
         ({"temperature": -1}, "temperature"),
@@ -156,6 +175,36 @@ def test_refusals_come_before_the_first_token(build_mini: Build, options: dict[s
     given = {"prompts": [[1]], "max_new_tokens": 3, **options}
     with pytest.raises(ValueError, match=message):
         es.generate(build_mini(), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "message"),
+    [
+        ("def ", {}, "'def ' is text: give"),
+        ([1.5], {}, "1.5 is a float"),
+        ([], {}, "empty"),
+        ([[1], [2]], {}, "2 prompts are given: submit each of them"),
+        ([1], {"stop": "a"}, "must be token ids"),
+        ([1], {"max_new_tokens": "3"}, "max_new_tokens = '3'"),
+    ],
+)
+def test_an_engine_refuses_them_too(build_mini: Build, prompt: Any, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(build_mini(), 1).submit(prompt, **more)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda ids: [*map(torch.tensor, ids)]])
+def test_ids_are_taken_as_people_have_them(build_mini: Build, kind: Callable[[list[Any]], Any]) -> None:
+    model, stop = build_mini(), {"temperature": 0, "stop": np.array([300])}
+    wanted = written(model, [[1, 2, 3], [4, 5, 6]], 5, temperature=0)
+    assert written(model, kind([[1, 2, 3], [4, 5, 6]]), 5, **stop) == wanted
+    assert [step[0] for step in es.generate(model, kind([1, 2, 3]), 5, **stop)] == wanted[0]
+    assert written(model, kind([[1, 2, 3]]), 5, **stop) == wanted[:1]
+    engine = Engine(model, 1)
+    request = engine.submit(kind([1, 2, 3]), 5, **stop)
+    while not engine.idle:
+        engine.step()
+    assert request.tokens == wanted[0]
 
 
 def test_bytes_stream_whole_characters() -> None:
