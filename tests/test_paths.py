@@ -69,6 +69,8 @@ def test_in_python(home: Path) -> None:
     data = es.TextData("~/texts", cache_dir="~/cache", seq_len=16)
     data.setup()
     assert list((home / "cache").iterdir()) and data.sources[0].path == str(home / "texts")
+    for path, wanted in (("local:~/rows", f"local:{home}/rows"), ("s3://bucket/~/rows", "s3://bucket/~/rows")):
+        assert es.TextData(path).sources[0].path == wanted
     es.TextData(sources=[{"path": "~/texts", "weight": 1}], seq_len=16).setup()
     assert (home / ".cache/eulerstack").is_dir()
 

@@ -96,7 +96,10 @@ def sources_of(given: list[dict[str, Any]] | None, path: str | None, pattern: st
 
 def _place(path: str | Path | None) -> str | None:
     """Where the text is, an address such as s3://... as it is given."""
-    return None if path is None else str(path) if "://" in str(path) else str(expand_home(path))
+    if path is None or "://" in str(path):
+        return None if path is None else str(path)
+    scheme = "local:" if str(path).startswith("local:") else ""  # litdata's, for a folder that is not copied
+    return scheme + str(expand_home(str(path).removeprefix(scheme)))
 
 
 def _check(place: str, one: Any) -> None:
