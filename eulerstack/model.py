@@ -134,7 +134,8 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total training loss and its named parts; targets of -100 do not count.
 
-        The total is the sum of the scalar parts. `router_load/LAYER` [E] counts what each expert was chosen for.
+        The total is the sum of the scalar parts. Beside them `router_load/LAYER` [E] counts what each expert was chosen
+        for, and `ahead/STEPS` is what the module that looks so many tokens further adds to `multi_token`.
         average: the mean of a count over the processes that share a batch; the mean of their losses is the batch's.
         """
         with self.local():
@@ -145,12 +146,14 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         placed = self._placed(tokens, segments, training=True)
         x, routings = self._sequence(tokens, placed, Block.__call__)
-        parts = self._scores(x, targets, average)
+        parts, ahead = self._scores(x, targets, average), dict[str, Tensor]()
         if self.spec.head.mtp is not None:
-            parts["multi_token"] = self.spec.head.mtp.train_loss_weight * self._ahead(
-                x, tokens, targets, placed, routings, average
-            )
-        return self._total(parts, routings, average)
+            weight = self.spec.head.mtp.train_loss_weight
+            losses = self._ahead(x, tokens, targets, placed, routings, average)
+            parts["multi_token"] = weight * torch.stack(losses).mean()
+            ahead = {f"ahead/{steps}": weight / len(losses) * loss for steps, loss in enumerate(losses, start=1)}
+        total, parts = self._total(parts, routings, average)
+        return total, {**parts, **ahead}
 
     def losses_from(
         self,
@@ -200,14 +203,14 @@ class Stack(nn.Module):
         segments: Segments,
         routings: dict[int, Routing],
         average: Average,
-    ) -> Tensor:
-        """The mean loss of the modules that look further ahead; their routings join the others."""
+    ) -> list[Tensor]:
+        """The losses of the modules that look further ahead; their routings join the others."""
         losses = []
         for steps, module in enumerate(self._heads, start=1):
             x, routed = module(x, self._embedded(later(tokens, steps)), segments)
             routings |= routed
             losses.append(self._loss(module.norm(x), later_targets(targets, steps, segments), average)[0])
-        return torch.stack(losses).mean()
+        return losses
 
     @property
     def _heads(self) -> list[Ahead]:

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -22,10 +24,12 @@ from ..paths import expand_home
 from ..segments import IGNORED
 from ..spec import StackSpec, TrainingHints, differ, dump, load, loads, spec_of, with_hints
 from ..stored import check_checkpoint
+from .accumulation import Accumulation, StepFetcher, count
 from .carry import Carry
 from .compiling import compile_blocks
 from .data import Batch, TextData
-from .optim import make_optimizer, make_schedule
+from .optim import follow, make_optimizer, make_schedule
+from .resuming import KEY, Beginning, check_options, left_to_do, options_of
 from .sharded import Sides, shard
 
 
@@ -97,6 +101,8 @@ class StackModule(L.LightningModule):
         self._seed = torch.initial_seed()
         self._loads: dict[int, Tensor] = {}
         self._carry = Carry()
+        self._step = Accumulation()
+        self._beginning = Beginning()
         if self.spec.training_hints.optimizer_groups:
             build(self.spec, "meta", kernels=kernels)  # refuses groups that match nothing before any data are read
 
@@ -157,6 +163,7 @@ class StackModule(L.LightningModule):
         if ranks.of == 1:
             return count
         mean = count.detach().clone() if count.is_floating_point() else count.double()
+        mean = mean.to(self.device)
         dist.all_reduce(mean, group=ranks.group)
         return mean / ranks.of
 
@@ -171,6 +178,29 @@ class StackModule(L.LightningModule):
         logits: Tensor = self.model(tokens)
         return logits
 
+    def on_train_start(self) -> None:
+        """A resumed run goes on in the middle of an epoch, and perhaps to another last step."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                callback.on_train_epoch_start(self.trainer)
+        self._read_steps()
+        if self.trainer.ckpt_path is not None:
+            for config in self.trainer.lr_scheduler_configs:
+                follow(config.scheduler)
+
+    def on_train_epoch_start(self) -> None:
+        """Lightning may have set up the loader anew, and a callback may have changed how many batches are a step."""
+        self._read_steps()
+
+    def _read_steps(self) -> None:
+        """Where batches are accumulated, those of a step are read together, and counted."""
+        loop = self.trainer.fit_loop
+        if self.trainer.accumulate_grad_batches > 1 and not isinstance(loop._data_fetcher, StepFetcher):
+            loop._data_fetcher = StepFetcher(self.trainer, self._begin_step)
+
+    def _begin_step(self, batches: list[Batch]) -> None:
+        self._step.begin([count(batch, len(self.model.ahead)) for batch in batches])
+
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         """What a batch drops depends on the run's seed and the batch's number only: a resumed run drops the same."""
         own = self.ranks.rank << 40
@@ -181,12 +211,21 @@ class StackModule(L.LightningModule):
             loss, parts = self._carry.losses(self.model, batch, self._average, self.ranks)
         else:
             loss, parts = self.model.losses(batch.tokens, batch.targets, batch.segments(), self._average)
-        self._note_routing(parts, batch.tokens.shape[0])
-        total, entropy = self._average(torch.stack([loss.detach(), parts["cross_entropy"].detach()]))
+        seen, accumulated = loss.detach(), self.trainer.accumulate_grad_batches
+        if accumulated > 1:
+            loss, means = self._step.weighted(parts, self._average)
+            loss, seen = loss * accumulated, torch.stack(list(means.values())).sum()  # Lightning divides by as many
+            parts = {**parts, **means}
+        self._note(seen, parts, batch)
+        return loss
+
+    def _note(self, loss: Tensor, parts: dict[str, Tensor], batch: Batch) -> None:
+        """Log the losses; of accumulated batches those of the step so far."""
         rows = batch.tokens.shape[0]
+        self._note_routing(parts, rows)
+        total, entropy = self._average(torch.stack([loss, parts["cross_entropy"].detach()]))
         self.log("loss", total, prog_bar=True, batch_size=rows)
         self.log("bits_per_byte", entropy / math.log(2) / batch.bytes_per_token, prog_bar=True, batch_size=rows)
-        return loss
 
     def _note_routing(self, parts: dict[str, Tensor], rows: int) -> None:
         """Log the other losses and the routers' busiest experts' share (1: balanced); keep the loads for the step."""
@@ -195,13 +234,19 @@ class StackModule(L.LightningModule):
                 self.log(name, part.detach(), batch_size=rows)
             if name.startswith("router_load/"):
                 layer = int(name.rpartition("/")[2])
-                self.log(f"router_busiest/{layer}", part.max() / part.mean().clamp(min=1), batch_size=rows)
-                self._loads[layer] = part + self._loads.get(layer, 0)
+                self._loads[layer] = load = part + self._loads.get(layer, 0)
+                self.log(f"router_busiest/{layer}", load.max() / load.mean().clamp(min=1), batch_size=rows)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Router biases move once a step, by the loads of all its batches."""
         self.model.rebalance({layer: self._average(load) for layer, load in self._loads.items()})
         self._loads = {}
+
+    def on_train_epoch_end(self) -> None:
+        self._beginning.epoch_ended(self.trainer)
+
+    def on_validation_start(self) -> None:
+        self._beginning.started(self.trainer)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self._measure("val_bits_per_byte", batch)
@@ -246,15 +291,23 @@ class StackModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stack"] = dump(self.spec)
+        fetcher = self.trainer.fit_loop._data_fetcher
+        if isinstance(fetcher, StepFetcher) and fetcher.place:
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = fetcher.place
+        checkpoint[KEY] = left_to_do(self.trainer)
+        checkpoint["trainer"] = options_of(self.trainer)
         checkpoint["router_loads"] = self._loads
         checkpoint["seed"] = self._seed
         checkpoint["carried"] = self._carry.saved(self.ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError where the run to resume had another stack, or another recipe."""
+        """Raises ValueError where the run to resume had another stack, another recipe, or other Trainer options."""
+        self.check_same(checkpoint)
         self._loads, self._seed = checkpoint["router_loads"], checkpoint["seed"]
         self._carry.restore(checkpoint.get("carried"))
-        self.check_same(checkpoint)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_options(checkpoint["trainer"], self.trainer)
+            self._beginning.begin(self.trainer, checkpoint)
 
     def check_same(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where the run of a checkpoint had another stack, or another recipe."""
@@ -270,7 +323,8 @@ class StackModule(L.LightningModule):
     def _steps(self) -> int:
         """Optimizer steps of the whole run: the length of the schedule."""
         trainer = self.trainer
-        by_steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
+        last = self._beginning.max_steps(trainer)
+        by_steps = last if last > 0 else math.inf
         by_epochs = math.inf
         data: object = getattr(trainer, "datamodule", None)
         if isinstance(data, TextData) and trainer.max_epochs and trainer.max_epochs > 0:

@@ -104,6 +104,17 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int, hints: TrainingH
     return LambdaLR(optimizer, factor)
 
 
+def follow(schedule: object) -> None:
+    """Set the learning rates that a schedule has at the step it is at; it may be as long as another run's no more."""
+    if isinstance(schedule, LambdaLR):
+        rates = [
+            base * of(schedule.last_epoch) for base, of in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+
+
 FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda through: 0.5 * (1 + math.cos(math.pi * through)),
     "linear": lambda through: 1 - through,

@@ -30,26 +30,31 @@ ROWS, TOKENS = 4, 24
 
 
 class Rows:
-    """Global batches of packed, ragged documents; a rank takes its share of each. Resumes where it was."""
+    """Global batches of packed, ragged documents; a rank takes its share of each. Resumes where it was.
 
-    def __init__(self, module: StackModule, batches: int, vocab: int) -> None:
-        self.module, self.batches, self.vocab, self.taken = module, batches, vocab, 0
+    sizes: rows of each batch. ragged: whether some rows have many more targets than others.
+    """
+
+    def __init__(self, module: StackModule, sizes: list[int], vocab: int, ragged: bool) -> None:
+        self.module, self.sizes, self.vocab, self.ragged, self.taken = module, sizes, vocab, ragged, 0
 
     def __len__(self) -> int:
-        return self.batches
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
         ranks = self.module.ranks
-        each = ROWS // ranks.of
-        for number in range(self.taken, self.batches):
+        for number in range(self.taken, len(self.sizes)):
             self.taken = number + 1
-            rng = np.random.default_rng(number)
-            items = []
-            for _ in range(ROWS):
-                ids = rng.integers(0, self.vocab, TOKENS + 1)
-                document = np.sort(rng.integers(0, 4, TOKENS + 1))
-                items.append(Item(ids, document, rng.random(TOKENS + 1) < 0.8))
-            yield collate(items[ranks.rank * each : (ranks.rank + 1) * each], TOKENS, 1.0)
+            first, each = sum(self.sizes[:number]), self.sizes[number] // ranks.of
+            items = [self.row(first + ranks.rank * each + row) for row in range(each)]
+            yield collate(items, TOKENS, 1.0)
+
+    def row(self, number: int) -> Item:
+        rng = np.random.default_rng(number)
+        ids = rng.integers(0, self.vocab, TOKENS + 1)
+        document = np.sort(rng.integers(0, 4, TOKENS + 1))
+        share = rng.uniform(0.1, 1) if self.ragged else 0.8
+        return Item(ids, document, rng.random(TOKENS + 1) < share)
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
@@ -59,19 +64,21 @@ class Rows:
 
 
 class Watch(L.Callback):
-    """The loss of each batch over all ranks, and the gradients of the first optimizer step, before they are clipped."""
+    """The loss of each batch over all ranks, and each optimizer step's loss and gradients, before they are clipped."""
 
     def __init__(self, gradients: bool) -> None:
         self.losses: list[float] = []
-        self.grads: dict[str, torch.Tensor] | None = None
+        self.steps: list[dict[str, Any]] = []
         self.wanted = gradients
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["loss"]))
+        if self.steps and "loss" not in self.steps[-1]:
+            self.steps[-1]["loss"] = self.losses[-1]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        if self.wanted and self.grads is None:
-            self.grads = {name: whole(p.grad) for name, p in module.model.named_parameters()}
+        if self.wanted:
+            self.steps.append({"grads": {name: whole(p.grad) for name, p in module.model.named_parameters()}})
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
@@ -120,7 +127,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         callbacks=[watch],
         **QUIET,
     )
-    rows = Rows(module, case.get("batches", 100), spec.model.vocab_size)
+    rows = Rows(module, case.get("rows", [ROWS] * 100), spec.model.vocab_size, case.get("ragged", False))
     resumed = folder / case["resume"] if "resume" in case else None
     with counted() as reductions:
         trainer.fit(module, rows, ckpt_path=resumed, weights_only=True)
@@ -130,7 +137,8 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     dtypes = {name: str(p.dtype) for name, p in module.model.named_parameters()}
     return {
         "losses": watch.losses,
-        "grads": watch.grads,
+        "grads": watch.steps[0]["grads"] if watch.steps else None,
+        "steps": watch.steps,
         "weights": weights,
         "groups": groups_of(module),
         "dtypes": dtypes,
