@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "mixers",
         "model",
         "paths",
+        "multitoken",
         "segments",
         "spec",
         "state",

@@ -1,6 +1,7 @@
 """`eulerstack fit` and `eulerstack test`: Lightning's own command line over StackModule and TextData."""
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -38,6 +39,8 @@ DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # `eulerstack explain` draws it
 }
 BAR_EVERY = 5
+TOLD = {"callbacks", "profilers", "tuner"}
+"""Folders of Lightning whose words at level INFO reach the terminal."""
 
 
 class StackCLI(LightningCLI):
@@ -90,7 +93,7 @@ class StackCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         root = expand_home(config["default_root_dir"] or f"runs/{self.model.spec.model.name}")
         kwargs["default_root_dir"] = str(root)
-        if config["max_epochs"] is None and config["max_steps"] == -1:
+        if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
             kwargs["max_epochs"] = 1
         fitting = self.subcommand == "fit"
         callbacks: list[L.Callback] = []
@@ -167,7 +170,8 @@ def run(verb: str, arguments: list[str]) -> None:
     Raises SystemExit for a run that was told to stop.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # tips and hardware tables; warnings still come
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(asked_for)
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # that its collectives could be fewer
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -189,8 +193,21 @@ def run(verb: str, arguments: list[str]) -> None:
         raise ValueError(str(error)) from error
     except Preempted as stopped:
         _leave(stopped)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if not isinstance(ended, KeyboardInterrupt) and not isinstance(ended.__context__, KeyboardInterrupt):
+            raise
+        _tell("stopped by SIGINT outside the training: nothing new was kept")
+        raise SystemExit(128 + signal.SIGINT) from None
     if verb == "test":
         _report(cli.trainer, cli.datamodule)
+
+
+def asked_for(record: logging.LogRecord) -> bool:
+    """Whether a record of Lightning's is a warning, or from a part that a user added: callbacks, profilers, the tuner.
+
+    Its tips, and its tables of hardware, are not.
+    """
+    return record.levelno >= logging.WARNING or Path(record.pathname).parent.name in TOLD
 
 
 @rank_zero_only

@@ -87,7 +87,9 @@ class TextData(L.LightningDataModule):
         sources: list[dict[str, Any]] | None = None,
         carry_state: bool = False,
     ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "seed", "__class__")}
         super().__init__()
+        self.save_hyperparameters({**given, "path": path and str(path), "data_seed": seed})
         _check_range("seq_len", seq_len, 1, 1 << 24)
         _check_range("batch_size", batch_size, 1, 1 << 20)
         _check_range("workers", workers, 0, 1024)

@@ -4,20 +4,24 @@ import math
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.connectors.data_connector import _process_dataloader
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from ..checkpoint import load_weights, reading
+from ..checkpoint import load_weights, reading, stack_of_run
 from ..layers.share import WHOLE, Share
 from ..model import Stack, build, outline
 from ..paths import expand_home
@@ -27,7 +31,7 @@ from ..stored import check_checkpoint
 from .accumulation import Accumulation, StepFetcher, count
 from .carry import Carry
 from .compiling import compile_blocks
-from .data import Batch, TextData
+from .data import Batch
 from .optim import follow, make_optimizer, make_schedule
 from .resuming import KEY, Beginning, check_options, left_to_do, options_of
 from .sharded import Sides, shard
@@ -103,8 +107,48 @@ class StackModule(L.LightningModule):
         self._carry = Carry()
         self._step = Accumulation()
         self._beginning = Beginning()
+        self._drawn = self.weights is None  # whether no number has been learned yet
         if self.spec.training_hints.optimizer_groups:
             build(self.spec, "meta", kernels=kernels)  # refuses groups that match nothing before any data are read
+        self.save_hyperparameters(self._hyperparameters())
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str = "cpu",
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """The stack of a run's resume/last.ckpt with its weights; `options` are the module's, by default the run's.
+
+        Only weights are read, whatever `weights_only` says. Raises ValueError for a file that holds no stack.
+        """
+        if hparams_file is not None:
+            raise ValueError(f"hparams_file = {hparams_file!r}: a run's file holds its own stack; leave it out")
+        stack = stack_of_run(Path(checkpoint_path), torch.get_default_dtype())
+        module = cls(**{"spec": stack.spec, **options})
+        module.model.load_state_dict(stack.state_dict(), strict=strict is not False)
+        module._drawn = False
+        return module.to(map_location)
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """What loggers write down at the beginning of a run."""
+        hints = self.spec.training_hints.model_dump(mode="json", exclude={"seed"})
+        own = {"name": self.spec.model.name, "kernels": self.kernels, "compile": self.compiled, "seed": self._seed}
+        return {**own, **hints, "spec": dump(self.spec)}
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate, by the name that Lightning's learning-rate finder sets; Muon's stays."""
+        return self.spec.training_hints.lr_peak
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.changes["lr_peak"] = rate
+        self.spec = with_hints(self.spec, {"lr_peak": rate})
 
     @property
     def model(self) -> Stack:
@@ -120,6 +164,9 @@ class StackModule(L.LightningModule):
             raise ValueError(f"strategy {type(strategy).__name__} does not train a stack; give ddp or fsdp2")
         self.ranks = _ranks(strategy)
         self._seed = strategy.broadcast(self._seed)
+        if stage == "fit":
+            limits = {"max_steps": self.trainer.max_steps, "max_epochs": self.trainer.max_epochs}
+            self.save_hyperparameters({**self._hyperparameters(), **options_of(self.trainer), **limits})
         torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))
         if strategy.root_device.type == "cuda":
             torch.cuda.set_rng_state(strategy.broadcast(torch.cuda.get_rng_state()))
@@ -184,6 +231,7 @@ class StackModule(L.LightningModule):
             if isinstance(callback, GradientAccumulationScheduler):
                 callback.on_train_epoch_start(self.trainer)
         self._read_steps()
+        self._drawn = False
         if self.trainer.ckpt_path is not None:
             for config in self.trainer.lr_scheduler_configs:
                 follow(config.scheduler)
@@ -253,7 +301,7 @@ class StackModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         """Raises ValueError where nothing was trained."""
-        if self.weights is None and self.trainer.ckpt_path is None:
+        if self._drawn and self.trainer.ckpt_path is None:
             raise ValueError("this stack has freshly drawn weights: give --checkpoint DIR, the folder that `fit` wrote")
 
     def test_step(self, batch: Batch, index: int) -> None:
@@ -272,8 +320,7 @@ class StackModule(L.LightningModule):
         hints = self.spec.training_hints
         fused = self.trainer.precision != "16-mixed"
         optimizer = make_optimizer(self.model.named_parameters(), hints, fused, self.model.mup)
-        schedule = make_schedule(optimizer, self._steps(), hints)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
 
     def configure_gradient_clipping(
         self,
@@ -320,24 +367,40 @@ class StackModule(L.LightningModule):
             f"{differ(was, self.spec)}; resume with those it started with, or start a new run from its checkpoint/"
         )
 
-    def _steps(self) -> int:
-        """Optimizer steps of the whole run: the length of the schedule."""
-        trainer = self.trainer
-        last = self._beginning.max_steps(trainer)
-        by_steps = last if last > 0 else math.inf
-        by_epochs = math.inf
-        data: object = getattr(trainer, "datamodule", None)
-        if isinstance(data, TextData) and trainer.max_epochs and trainer.max_epochs > 0:
-            limit = trainer.limit_train_batches
-            batches = len(data.train_dataloader())
-            batches = (
-                min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-            )
-            by_epochs = trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
-        steps = min(by_steps, by_epochs)
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """Over the run's optimizer steps. Raises ValueError where neither these nor an epoch's have a number."""
+        hints, steps = self.spec.training_hints, self._steps()
+        timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if math.isinf(steps) and timed:
+            steps = self._steps_of_an_epoch()
+            if hints.schedule != "constant" and not math.isinf(steps):
+                rank_zero_warn(
+                    f"max_time alone does not say how many steps the run has, which schedule = {hints.schedule} falls "
+                    "over: the learning rate warms up over an epoch's share and stays; give trainer.max_steps as well"
+                )
+            hints = hints.model_copy(update={"schedule": "constant"})
         if math.isinf(steps):
             raise ValueError("the learning rate's schedule needs the run's length: give trainer.max_steps")
-        return int(steps)
+        return make_schedule(optimizer, int(steps), hints)
+
+    def _steps(self) -> float:
+        """Optimizer steps of the whole run: the length of the schedule. Infinite where only time ends it."""
+        epochs, last = self.trainer.max_epochs, self._beginning.max_steps(self.trainer)
+        by_epochs = epochs * self._steps_of_an_epoch() if epochs is not None and epochs > 0 else math.inf
+        return min(by_epochs, last if last > 0 else math.inf)
+
+    def _steps_of_an_epoch(self) -> float:
+        """Infinite for a loader without a length.
+
+        Lightning's own estimate sets the loader up, too early to find its place in a run that resumes.
+        """
+        trainer, stage = self.trainer, (TrainerFn.FITTING, RunningStage.TRAINING)
+        loaders = CombinedLoader(trainer.fit_loop._data_source.dataloader(), "max_size_cycle").flattened
+        lengths = [sized_len(_process_dataloader(trainer, *stage, loader)) for loader in loaders]
+        batches = max(math.inf if length is None else length for length in lengths)
+        limit = 1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else batches * limit
+        return batches if math.isinf(batches) else math.ceil(int(batches) / trainer.accumulate_grad_batches)
 
 
 def _ranks(strategy: Strategy) -> Share:

@@ -18,13 +18,14 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import distributed as dist
 
-TOLD_BY = (signal.SIGTERM, signal.SIGUSR1)
+TOLD_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AT_ONCE = b"stopped at once by a second SIGINT: what is kept is what was kept before\n"
 
 
 class Preempted(Exception):  # noqa: N818 - no error: the run did what it was told
     """The run has ended before its last step. job: the SLURM job to queue again, if there is one.
 
-    exit_code: 128 and the signal's number, as a shell has it: 143 for SIGTERM, 138 for SIGUSR1.
+    exit_code: 128 and the signal's number, as a shell has it: 143 for SIGTERM, 138 for SIGUSR1, 130 for SIGINT.
     """
 
     def __init__(self, told_by: int, step: int, kept: bool, job: str | None) -> None:
@@ -44,10 +45,11 @@ class Preempted(Exception):  # noqa: N818 - no error: the run did what it was to
 
 
 class Preemption(L.Callback):
-    """On SIGTERM or SIGUSR1, write `last`, if there is one, at the end of the optimizer step, and raise Preempted.
+    """On SIGTERM, SIGUSR1 or SIGINT, write `last`, if there is one, after the optimizer step, and raise Preempted.
 
     Of several processes all stop after the same step, whichever of them was told. On SLURM, SIGUSR1 also asks for the
-    job to be queued again; SIGTERM does not, for it is also what `scancel` sends.
+    job to be queued again; SIGTERM does not, for it is also what `scancel` sends. A second SIGINT (Ctrl-C) ends the
+    process at once, with exit code 130. When the run has ended, signals do what they did before it.
     """
 
     def __init__(self, last: Path | None) -> None:
@@ -55,6 +57,9 @@ class Preemption(L.Callback):
         self.told_by = 0
         self._step = 0
         self._group: Any = None
+        self._before: dict[int, Any] = {}
+        self._runs = False
+        self._process = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Before Lightning, which leaves SIGUSR1 alone where it has a handler."""
@@ -68,12 +73,35 @@ class Preemption(L.Callback):
             self._group = dist.new_group(backend="gloo")
 
     def _listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in TOLD_BY:
-                signal.signal(number, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._runs, self._process = True, os.getpid()
+        for number in TOLD_BY:
+            before = signal.signal(number, self._note)
+            self._before.setdefault(number, before)
 
     def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:
+            return  # a process that loads batches, which ends with this one
+        if not self._runs:  # Lightning has put this handler back, as it found it, when its own went
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+            return
+        if number == self.told_by == signal.SIGINT:
+            os.write(2, AT_ONCE)
+            os._exit(128 + number)  # a step, or a writing, may last; what is half written has no name yet
         self.told_by = number
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._put_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        self._runs = False
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self._step:

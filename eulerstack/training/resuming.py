@@ -42,7 +42,7 @@ def left_to_do(trainer: L.Trainer) -> str | None:
     A validation that only follows because the run ends early (`should_stop`) does not count: a resumed run goes on.
     """
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    batches = loop.batch_progress.total
+    batches: Any = loop.batch_progress.total
     if fetcher is None or batches.processed != batches.completed + 1:
         return None
     stops, trainer.should_stop = trainer.should_stop, False

@@ -149,13 +149,6 @@ def test_packed_loss_is_that_of_separate_documents(stack_file: Path) -> None:
     assert packed.item() == pytest.approx(sum(p.item() for p in parts) / 30, rel=1e-6)
 
 
-def test_a_run_without_an_end_is_refused(stack_file: Path) -> None:
-    module = es.StackModule(str(stack_file))
-    trainer = L.Trainer(max_epochs=1, **QUIET)
-    with pytest.raises(ValueError, match=r"give trainer\.max_steps"):
-        trainer.fit(module, torch.utils.data.DataLoader([torch.zeros(1)]))
-
-
 def test_checkpoints_keep_weights_and_refuse_strangers(stack_file: Path, tmp_path: Path) -> None:
     model = es.build(es.load(stack_file))
     es.save_checkpoint(model, tmp_path / "c")

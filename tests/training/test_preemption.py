@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eulerstack.training.preemption import Preempted
+import eulerstack as es
+from eulerstack.cli.train import run
+from eulerstack.training import preemption
+from eulerstack.training.preemption import Preempted, Preemption
 
 from ..conftest import PATIENCE
 from .test_cli import RUN, eulerstack, fit_words, weights
@@ -103,3 +106,82 @@ def test_a_queue_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "scontrol").chmod(0o755)
     assert stopped.requeue() == "SLURM job 77_3 is not requeued: scontrol said no such job"
     assert "nothing was kept" in str(Preempted(signal.SIGTERM, 5, False, None))
+
+
+def told_in_this_process(number: int, words: list[str], monkeypatch: pytest.MonkeyPatch, times: int = 1) -> int:
+    """Exit code of a run that gets the signal in its fifth step."""
+    begun = es.StackModule.on_train_batch_start
+
+    def tell(self: es.StackModule, batch: object, index: int) -> None:
+        begun(self, batch, index)  # type: ignore[arg-type]
+        for _ in range(times if index == 4 else 0):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(es.StackModule, "on_train_batch_start", tell)
+    monkeypatch.setattr("sys.argv", ["eulerstack"])
+    with pytest.raises(SystemExit) as ended:
+        run("fit", [*words[1:], "--model.kernels", "torch", "--trainer.enable_progress_bar", "false"])
+    return int(str(ended.value.code))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_is_as_sigterm(
+    number: int,
+    code: int,
+    stack_file: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = signal.getsignal(number)
+    words = fit_words(stack_file, corpus, str(tmp_path / "told"), STEPS)
+    assert told_in_this_process(number, words, monkeypatch) == code
+    said = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name} after step 5: go on with --ckpt_path last" in said
+    assert torch.load(tmp_path / "told" / "resume" / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_ctrl_c_ends_at_once(
+    stack_file: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of the step; what was kept before stays."""
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(preemption.os, "_exit", end)
+    words = fit_words(stack_file, corpus, str(tmp_path / "told"), STEPS)
+    assert told_in_this_process(signal.SIGINT, words, monkeypatch, times=2) == 130
+    assert "stopped at once by a second SIGINT" in capfd.readouterr().err
+    assert torch.load(tmp_path / "told" / "resume" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_before_the_training(
+    stack_file: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(self: es.TextData) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(es.TextData, "prepare_data", pressed)
+    assert told_in_this_process(signal.SIGINT, fit_words(stack_file, corpus, str(tmp_path)), monkeypatch) == 130
+    assert "stopped by SIGINT outside the training: nothing new was kept" in capsys.readouterr().err
+
+
+def test_after_the_run_signals_do_what_they_did() -> None:
+    """Also where Lightning, which found this handler, has put it back."""
+    watching, heard = Preemption(None), []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    watching._listen()
+    ours = signal.getsignal(signal.SIGUSR1)
+    watching._put_back()
+    signal.signal(signal.SIGUSR1, ours)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1] and watching.told_by == 0
