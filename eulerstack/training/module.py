@@ -353,7 +353,7 @@ class StackModule(L.LightningModule):
         self._loads, self._seed = checkpoint["router_loads"], checkpoint["seed"]
         self._carry.restore(checkpoint.get("carried"))
         if self.trainer.state.fn == TrainerFn.FITTING:
-            check_options(checkpoint["trainer"], self.trainer)
+            check_options(checkpoint.get("trainer", {}), self.trainer)
             self._beginning.begin(self.trainer, checkpoint)
 
     def check_same(self, checkpoint: dict[str, Any]) -> None:

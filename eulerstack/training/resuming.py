@@ -62,7 +62,7 @@ class Beginning:
 
     def begin(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         """Change what Lightning loads into its loops: they shall go on behind the batch, not with the next one."""
-        left, loops = checkpoint[KEY], checkpoint["loops"]["fit_loop"]
+        left, loops = checkpoint.get(KEY), checkpoint["loops"]["fit_loop"]
         if left is None or (left == VALIDATION and trainer.limit_val_batches == 0):
             return
         for counts in (loops["epoch_loop.batch_progress"][side] for side in ("total", "current")):

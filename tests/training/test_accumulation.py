@@ -184,3 +184,21 @@ def test_ranks_that_accumulate_have_the_gradient_of_one_batch(tmp_path: Path) ->
             assert got["loss"] == pytest.approx(wanted["loss"], rel=EXACT)
             for name, grad in wanted["grads"].items():
                 assert (got["grads"][name] - grad).abs().max() <= EXACT * grad.abs().max() + 1e-30, name
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_has_the_place_of_the_run(
+    stack_file: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Though the batches of the step have been read to its end."""
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.fit_loop.total_batch_idx + 1}.ckpt")
+
+    options = {"max_steps": 2, "accumulate_grad_batches": 3, "limit_val_batches": 0, "callbacks": [Save()]}
+    data = es.TextData(str(corpus), cache_dir=str(tmp_path / "k"), seq_len=32, batch_size=4, seed=1)
+    trainer = L.Trainer(default_root_dir=tmp_path, **options, **QUIET)  # type: ignore[arg-type]
+    trainer.fit(es.StackModule(str(stack_file), kernels="torch"), data)
+    for batches in range(1, 7):
+        loops = torch.load(tmp_path / f"{batches}.ckpt", weights_only=True)["loops"]["fit_loop"]
+        assert loops["state_dict"]["combined_loader"][0]["taken"] == batches
