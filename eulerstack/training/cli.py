@@ -70,12 +70,15 @@ class StackCLI(LightningCLI):
         """Lightning reads the module's hyperparameters from the file here; a StackModule saves none."""
 
     def before_instantiate_classes(self) -> None:
-        """Give `~` its meaning in every path; seed by --seed_everything, or by the spec's hint."""
+        """Give `~` its meaning in every path; seed."""
         for key in ("trainer", "ckpt_path"):  # Lightning's own: its loggers and profilers make a folder called `~`
             part = self.config[self.subcommand]
             part[key] = _expand_homes(part.get(key))
-        given = self._get(self.config, "seed_everything")
-        if given is False:
+        self.seed()
+
+    def seed(self) -> None:
+        """By --seed_everything, or by the spec's hint."""
+        if self._get(self.config, "seed_everything") is False:
             model = self._get(self.config, "model")
             spec = load(model["spec"], model["settings"] or ())
             L.seed_everything(spec.training_hints.seed, workers=True)

@@ -318,7 +318,7 @@ def weights(spec: es.StackSpec) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         es.dump(spec, f"{folder}/spec.yml")
         config = {"seed_everything": False, "model": {"spec": f"{folder}/spec.yml", "settings": None}}
-        StackCLI.before_instantiate_classes(SimpleNamespace(config=config, _get=dict.get))  # type: ignore[arg-type]
+        StackCLI.seed(SimpleNamespace(config=config, _get=dict.get))  # type: ignore[arg-type]
     return [weight.tolist() for weight in es.build(spec).parameters()]
 
 
