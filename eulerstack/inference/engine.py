@@ -15,6 +15,7 @@ from .prefix import PrefixStore
 from .sampling import Sampler, Sampling, Token, told
 from .sessions import Sessions
 from .steps import Steps
+from .weights import WeightsWatch
 
 CHUNK = 128
 """Tokens of a prompt that are read at once: as long others wait for their next, and so finely are prefixes shared.
@@ -30,7 +31,7 @@ class Request:
     scores: with `echo`, the prompt's tokens as the model saw them coming; not the first, where nothing comes before it.
     session: the conversation that it is a turn of. text: all that was said before, and the prompt; its state has read
     `read` tokens of it. parked: the state to go on from, until it is in a slot. unparked: why the last one is not on
-    the disk.
+    the disk. mixed: whether weights were changed while it was under way, so that nobody may share what it read.
     """
 
     prompt: list[int]
@@ -46,6 +47,7 @@ class Request:
     read: int = 0
     parked: Saved | None = None
     unparked: OSError | None = None
+    mixed: bool = False
 
     @property
     def opens(self) -> bool:
@@ -65,8 +67,9 @@ class Engine:
     waits for the other. Prompts are read alone, in chunks that begin at multiples of `prefill`, and steps always have
     all slots: what a request gets does not depend on the others (its slot's place may round differently). A prompt
     that begins like an earlier one goes on from what the store `prefixes` kept of it, to the bit as if it were read;
-    with `echo` it is read, for its scores. A turn of a session goes on from the state in which the last one was
-    parked; chunks still end at multiples of `prefill`.
+    with `echo` it is read, for its scores. Where weights were changed (see WeightsWatch), the store is emptied before
+    the next request begins; requests that are under way end with what they have read. A turn of a session goes on from
+    the state in which the last one was parked; chunks still end at multiples of `prefill`.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Engine:
         device = model.embedding.weight.device
         self.sampler = Sampler(self.slots, model.spec.model.vocab_size, device)
         self.prefixes = None if prefix_bytes is None else PrefixStore(prefix_bytes, prefill, model.flops)
+        self.weights = WeightsWatch(model)
         self.waiting: deque[Request] = deque()
         self.reading: deque[int] = deque()
         self.active: dict[int, Request] = {}
@@ -164,6 +168,10 @@ class Engine:
 
     def _admit(self) -> None:
         """Whoever came first takes each free slot."""
+        if self.prefixes is not None and self.waiting and self.weights.changed():
+            self.prefixes.clear()
+            for request in self.active.values():
+                request.mixed = True
         for slot in range(self.slots):
             if slot not in self.active and self.waiting:
                 request = self.waiting.popleft()
@@ -178,14 +186,15 @@ class Engine:
         """The next chunk of the prompt whose turn it is; its first token if that was the last chunk."""
         slot = self.reading.popleft()
         request = self.active[slot]
-        if self.prefixes is not None and request.opens and not request.echo:
+        shares = self.prefixes is not None and request.opens and not request.mixed
+        if self.prefixes is not None and shares and not request.echo:
             request.read = self.prefixes.fill(request.text, self._row(slot), request.read)
         end = min(len(request.text), (request.read // self.prefill + 1) * self.prefill)
         part = self._ids([request.text[request.read : end]])
         at = None if request.echo else self._ids([[part.shape[1] - 1]])
         logits, row = self.model.chunkwise(part, replace(self._row(slot), bound=request.read), at=at)
         self.state = self.state.put([slot], row)
-        if self.prefixes is not None and request.opens and end % self.prefill == 0:
+        if self.prefixes is not None and shares and end % self.prefill == 0:
             self.prefixes.add(request.text[:end], row)
         if request.echo:
             self._score(request, logits[0])

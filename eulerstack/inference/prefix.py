@@ -61,6 +61,10 @@ class PrefixStore:
         self.root = Node(None, b"", 0, Copies({}), Copies({}))
         self.bytes = self.hits = self.tokens_reused = self.evictions = self._clock = 0
 
+    def clear(self) -> None:
+        """Forget all states; the counters go on."""
+        self.root, self.bytes = Node(None, b"", 0, Copies({}), Copies({})), 0
+
     def find(self, tokens: Sequence[int]) -> int:
         """The longest stored prefix that leaves a token to read."""
         return self._deepest(tokens)[-1].end

@@ -10,6 +10,7 @@ import torch
 from ..model import Stack
 from ..paths import expand_home
 from ..state import PART, Saved, StackState
+from .weights import WeightsWatch
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKENS = "tokens"
@@ -18,11 +19,12 @@ _TOKENS = "tokens"
 class Sessions:
     """The conversations of one model in a folder, which belongs to one Sessions at a time.
 
-    The weights are hashed once, here: they must not change afterwards.
+    The weights are hashed here, and again when they were changed (see WeightsWatch): what was parked before is then
+    refused.
     """
 
     def __init__(self, folder: str | Path, model: Stack) -> None:
-        self.folder, self.model = expand_home(folder), _Unchanging(model)
+        self.folder, self.model = expand_home(folder), _Hashed(model)
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(f".*{PART}"):  # half written when a process was killed; files by earlier versions
             part.unlink() if part.is_file() else shutil.rmtree(part)
@@ -74,12 +76,14 @@ class Sessions:
         return self.folder / f"{session}.safetensors"
 
 
-class _Unchanging:
-    """A model as its states' files see it, its weights hashed once."""
+class _Hashed:
+    """A model as its states' files see it, its weights hashed when they were changed."""
 
     def __init__(self, model: Stack) -> None:
         self.init_state = model.init_state
-        self._hash = model.fingerprint()
+        self._model, self._weights, self._hash = model, WeightsWatch(model), model.fingerprint()
 
     def fingerprint(self) -> str:
+        if self._weights.changed():
+            self._hash = self._model.fingerprint()
         return self._hash

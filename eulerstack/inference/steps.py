@@ -1,9 +1,8 @@
 """Steps of one token, recorded once (on a GPU as a CUDA graph) and replayed on memory that stays where it is."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from ..mixers import Mixer
 from ..model import Stack
 from ..segments import Segments
 from ..state import StackState
+from .weights import Parts
 
 WARM = 1  # steps before one is recorded, which takes as long as four
 SPAN = 256  # rows are read in so many tokens at once, or an eighth of theirs
@@ -55,13 +55,11 @@ class Steps:
 
     def _look(self) -> None:
         """Note the modules of the model as they are now."""
-        modules = [*self.model.modules()]
+        self.parts = Parts(self.model)
+        modules = self.parts.modules
         of_all = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)] + of_all
-        self.weights = [held for m in modules for held in (m._parameters, m._buffers) if held]
-        self.parts = [m._modules for m in modules]
-        self.noted = self._modules()
-        self.keeping = [m for m in modules if isinstance(m, Mixer) and type(m).is_current is not Mixer.is_current]
+        self.keeping = [m for m in modules if isinstance(m, Mixer) and type(m).memo is not Mixer.memo]
         known = all(type(m).__module__.split(".")[0] in ("eulerstack", "torch") for m in modules)
         known = known and not any("forward" in vars(m) for m in modules)
         self.left = WARM if known else math.inf  # steps before the first recording
@@ -69,13 +67,13 @@ class Steps:
 
     def __call__(self, tokens: Tensor, state: StackState, real: Tensor | None = None) -> tuple[Tensor, StackState]:
         """Logits [B, V] of one token more, tokens [B, 1], and the state after it; real: [B, 1] bool."""
-        if self._modules() != self.noted:
+        if not self.parts.are_current():
             self._look()
         cast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
         plain = torch.is_inference_mode_enabled() and not cast and not any(self.hooks)
         found = self.recorded.get(real is None) if plain else None
         self.left -= 1
-        if found is not None and found.serves(state, self._model()) and all(m.is_current() for m in self.keeping):
+        if found is not None and found.serves(state, self._model()):
             logits, after = self._replayed(found, tokens, real), state
         elif plain and self.left < 0 and (record := self._recorder()) is not None:
             logits, after = self._recorded(record, tokens, state, real)
@@ -85,19 +83,14 @@ class Steps:
 
     def _recorder(self) -> Recorder | None:
         """What records, where that can be."""
-        ours = all(type(t) in (Tensor, torch.nn.Parameter) for t in self._tensors())
-        return _recorder({t.device.type for t in self._tensors()}) if ours else None
-
-    def _modules(self) -> list[torch.nn.Module | None]:
-        """Every module but the model itself, as it stands in its place."""
-        return [*chain.from_iterable(map(dict.values, self.parts))]
+        tensors = [*self.parts.tensors()]
+        ours = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        return _recorder({t.device.type for t in tensors}) if ours else None
 
     def _model(self) -> object:
-        """Where each weight lies, for programs read them there."""
-        return self.model.training, [*map(Tensor.data_ptr, self._tensors())]
-
-    def _tensors(self) -> Iterator[Tensor]:
-        return (t for held in self.weights for t in held.values() if t is not None)
+        """Where each weight lies, for programs read them there, and what mixers made of them and keep."""
+        kept = [mixer.memo() for mixer in self.keeping]
+        return self.model.training, [*map(Tensor.data_ptr, self.parts.tensors())], kept
 
     def _taken(self, tokens: Tensor, state: StackState, real: Tensor | None) -> tuple[Tensor, StackState]:
         state = replace(state, bound=_room(state) - 1)

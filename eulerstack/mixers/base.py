@@ -95,9 +95,9 @@ class Mixer(nn.Module, ABC, Generic[S]):
         """
         raise ValueError(f"{type(self).__name__} has no plan for tensor parallelism; train it with tensor_parallel 1")
 
-    def is_current(self) -> bool:
-        """Whether what the mixer keeps from call to call, if anything, follows from its weights as they are now."""
-        return True
+    def memo(self) -> object:
+        """What the mixer keeps of its weights for later calls: another object as soon as it has to be made anew."""
+        return None
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         """What to watch of its recurrence on inputs x [B, T, D]: `decay`, what a token leaves of a state, and `dt`."""

@@ -68,8 +68,8 @@ class Branched(Mixer[BranchedState]):
         plans = (branch.split(share).items() for branch in self)
         return {f"branches.{i}.{name}": dim for i, plan in enumerate(plans) for name, dim in plan}
 
-    def is_current(self) -> bool:
-        return all(branch.is_current() for branch in self)
+    def memo(self) -> object:
+        return tuple(branch.memo() for branch in self)
 
     def dynamics(self, x: Tensor, segments: Segments) -> dict[str, Tensor]:
         """Each branch's, with its number behind the names."""

@@ -1,8 +1,9 @@
 """Hyena (Poli et al. 2023, arXiv 2302.10866): long convolutions with gates between them."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ FASTEST = 5.0  # how many times as fast as the slowest channel's the fastest's f
 FALLEN = 1e-2  # what is left of the slowest after its time
 
 
-class _Kept(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Kept:
     """Taps, and copies of the weights that they were made of."""
 
     taps: Tensor
@@ -59,22 +61,22 @@ class Filter(nn.Module):
         keeps = like.is_cpu and not torch.is_grad_enabled() and not is_traced() and all(map(_is_bare, self._layers))
         if not keeps:
             return self._taps(length, like)
-        length, dtype = 1 << (length - 1).bit_length(), wide(like.dtype)
-        kept = self._kept
-        if kept is None or len(kept.taps) != length or kept.taps.dtype != dtype or not self.is_current():
+        length, kept = 1 << (length - 1).bit_length(), self.memo()
+        if kept is None or len(kept.taps) < length or kept.taps.dtype != wide(like.dtype):
             kept = self._kept = _Kept(self._taps(length, like), [t.detach().clone() for t in self._weights])
-        return kept.taps
+        return kept.taps[:length]
 
-    def is_current(self) -> bool:
-        """Whether the taps that are kept, if there are any, are of the weights as they are now.
+    def memo(self) -> "_Kept | None":
+        """The taps that are kept, if there are any and they are of the weights as they are now.
 
         Every number is compared, for a write through `.data` changes neither a weight's place nor its version.
         """
         if self._kept is None:
-            return True
+            return None
         with torch._C._DisableTorchDispatch():  # no part of a step that is recorded
             pairs = zip(self._weights, self._kept.weights, strict=True)
-            return all(now.dtype == then.dtype and torch.equal(now, then) for now, then in pairs)
+            current = all(now.dtype == then.dtype and torch.equal(now, then) for now, then in pairs)
+        return self._kept if current else None
 
     @property
     def _layers(self) -> tuple[Precise, ...]:
@@ -178,8 +180,8 @@ class Hyena(Mixer[HistoryState]):
             v = self._gated(gate, v, self.ops.recurrent(v, taps[:, i], histories[-1], segments), i)
         return segments.mask(project(v, self.out_proj)), HistoryState(torch.stack(histories, 2), conv)
 
-    def is_current(self) -> bool:
-        return self.filter.is_current()
+    def memo(self) -> object:
+        return self.filter.memo()
 
     def _streams(self, x: Tensor, conv: Tensor, segments: Segments) -> tuple[tuple[Tensor, ...], Tensor]:
         """The gates and v, [B, T, D] each, and the short convolution's state."""
