@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
@@ -154,6 +155,9 @@ def main(folder: Path) -> None:
             found = train(case, folder)
         if os.environ.get("RANK", "0") == "0":
             torch.save(found, folder / f"{case['name']}.pt")
+    if dist.is_initialized():  # a process that ends while gloo's threads run is aborted, now and then
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
