@@ -33,7 +33,7 @@ def test_every_path_in_the_readmes_tree_is_there() -> None:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The eulerstack commands that a page shows, in order."""
+    """The eulerstack commands that a page shows, in order; those in `sh` need a reader's own GPUs or texts."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
     lines = re.findall(r"^(?:\.venv/bin/)?eulerstack (.*)$", "\n".join(blocks), re.M)
     return [shlex.split(line, comments=True) for line in lines]
