@@ -168,7 +168,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Whoever came first takes each free slot."""
-        if self.prefixes is not None and self.waiting and self.weights.changed():
+        begins = bool(self.waiting) and len(self.active) < self.slots  # a full engine does not look at its weights
+        if self.prefixes is not None and begins and self.weights.changed():
             self.prefixes.clear()
             for request in self.active.values():
                 request.mixed = True
